@@ -1,0 +1,657 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch",
+#     "numpy",
+#     "gymnasium[mujoco]",
+#     "minari[hdf5,hf]",
+#     "tyro",
+#     "tqdm",
+#     "wandb",
+# ]
+# ///
+"""GTA, stage A: train a return-conditioned diffusion model of trajectories.
+
+GTA: Generative Trajectory Augmentation with Guidance for Offline RL (NeurIPS 2024), section 4.1
+and appendix A. A subtrajectory of H transitions (eq. 6) is an image of H + 1 rows. Its condition is
+the discounted return from its first step to the end of the episode (eq. 7). The denoiser is a
+temporal U-Net of MLP-mixer blocks (A.2), trained with the loss of EDM (Karras et al. 2022).
+
+    python gta_diffusion.py --env hopper-medium
+
+Reads:  an offline dataset (--env)
+Writes: diffusion.pt (--out), which gta_augment.py turns into a buffer of augmented trajectories
+"""
+
+import copy
+import math
+import os
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from huggingface_hub import HfApi
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str = "data/hopper-medium-sample"
+    """dataset: a short name (hopper-medium), a Minari id (mujoco/hopper/medium-v0), a folder that
+    holds a Minari dataset, or several of them joined by +"""
+    out: Path = Path("diffusion.pt")
+    """checkpoint to write"""
+    resume: bool = False
+    """continue the run whose checkpoint is --out; give it the same flags"""
+    horizon: int = 31
+    """H, transitions in a subtrajectory. The U-Net sees H + 1 rows, which must be divisible by 8
+    (H = 1 works too, without halvings). 31 is the paper's 32 as its authors ran it (Table 8)"""
+    dim: int = 16
+    """channels of the U-Net's first level; the others have 2, 4 and 8 times as many"""
+    batch_size: int = 256
+    """subtrajectories in a batch (Table 6)"""
+    train_steps: int = 1_000_000
+    """gradient steps (Table 6)"""
+    lr: float = 3e-4
+    """learning rate of Adam (Table 6); cosine annealing, restarted every tenth of the run"""
+    condition_dropout: float = 0.25
+    """lambda, the probability that a condition is dropped (eq. 5, Table 6)"""
+    gamma: float = 0.99
+    """discount of the return that conditions the model"""
+    terminal_penalty: float = 100.0
+    """subtracted from the reward of a terminal transition (A.1); not in mazes"""
+    return_scale: float = 0.01
+    """the network sees the return times this"""
+    p_mean: float = -1.2
+    """mean of ln(sigma) in training (EDM, Table 1)"""
+    p_std: float = 1.2
+    """standard deviation of ln(sigma) in training (EDM, Table 1)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    ema_decay: float = 0.995
+    """decay of the averaged weights, which are the ones that sample"""
+    ema_every: int = 10
+    """steps between two updates of the average"""
+    save_every: int = 10_000
+    """steps between two checkpoints; the last step always writes one"""
+    seed: int = 0
+    """seed of initial weights, batches and noise"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu"""
+    compile: bool = torch.cuda.is_available()
+    """compile the denoiser with torch.compile; on a CPU this takes minutes and gains nothing"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "gta"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """user or team of --track"""
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit(f"error: {message}")
+
+
+def pick_device(name):
+    """Returns the torch device called name; says so when that is the CPU."""
+    require(
+        not name.startswith("cuda") or torch.cuda.is_available(),
+        f"--device {name}: PyTorch finds no CUDA device; use --device cpu",
+    )
+    if name == "cpu":
+        print("device: cpu (paper-size runs want a GPU)")
+    return torch.device(name)
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- dataset ---
+
+ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
+SHORT_NAMES = {  # pattern of a short name -> Minari ids
+    rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
+    rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
+    r"maze2d-((?:umaze|medium|large)(?:-dense)?)": ["D4RL/pointmaze/{}-v2"],
+    r"antmaze-(umaze|(?:umaze|medium|large)-diverse|(?:medium|large)-play)": ["D4RL/antmaze/{}-v1"],
+    r"(pen|door|hammer|relocate)-(human|cloned|expert)": ["D4RL/{}/{}-v2"],
+    r"kitchen-(complete|partial|mixed)": ["D4RL/kitchen/{}-v2"],
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+    terminals: np.ndarray  # [T] bool: the environment terminated; a truncation is no terminal
+
+
+class Dataset(NamedTuple):
+    name: str  # for people: hopper-medium
+    ids: list  # Minari ids of what was loaded
+    env_id: str  # Gymnasium id: Hopper-v5
+    episodes: list  # of Episode
+    source: minari.MinariDataset  # the first id's: its environment, spaces, reference scores
+
+
+def resolve_env(env):
+    """Returns the Minari ids and folders that --env stands for."""
+    for pattern, ids in SHORT_NAMES.items():
+        if match := re.fullmatch(pattern, env):
+            return [minari_id.format(*match.groups()) for minari_id in ids]
+    return env.split("+")
+
+
+def open_minari(source):
+    """Opens a folder, else an id from the local cache, else an id from Minari's hub."""
+    for folder in (Path(source), Path(__file__).parent / source):
+        if folder.is_dir():
+            metadata = folder / "data" / "metadata.json"
+            require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
+            return minari.MinariDataset(folder / "data")
+    require(
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
+        f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
+    )
+    try:
+        return minari.load_dataset(source)
+    except FileNotFoundError:
+        print(f"{source} is not in the local cache, asking Minari's hub")
+    try:
+        # Minari's own client retries for 23 s; this fails at once where there is no connection
+        HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
+        return minari.load_dataset(source, download=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(
+            f"error: --env {source}: not in the local cache, and the hub did not send it ({reason}"
+            "); check the id and the connection, or give a folder that holds the dataset"
+        )
+
+
+def flatten_observations(space, observations):
+    """Stacks observations [T + 1, ...], nested dictionaries too, as gymnasium's flatten does."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_observations(sub, observations[key]) for key, sub in space.items()]
+        return np.concatenate(parts, axis=1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def load_dataset(env):
+    """Loads the episodes that --env stands for and prints a line about them.
+
+    Exits with one line if there is no such dataset, or its spaces are not vectors of numbers.
+    """
+    sources = [open_minari(source) for source in resolve_env(env)]
+    episodes = []
+    for source in sources:
+        space, action_space = source.observation_space, source.action_space
+        flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
+        is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
+        require(
+            isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
+            f"--env {source.id}: observations must be vectors of real numbers, not {space}",
+        )
+        require(
+            isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
+            f"--env {source.id}: actions must be vectors of real numbers, not {action_space}",
+        )
+        for e in source.iterate_episodes():
+            observations = flatten_observations(space, e.observations)
+            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+    dims = {(e.observations.shape[1], e.actions.shape[1]) for e in episodes}
+    require(len(dims) == 1, f"--env {env}: no episodes, or their dimensions differ: {dims}")
+
+    ids = [source.id for source in sources]
+    name = env if any(re.fullmatch(pattern, env) for pattern in SHORT_NAMES) else "+".join(ids)
+    returns = np.array([e.rewards.sum() for e in episodes])
+    print(
+        f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
+        f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
+        f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    )
+    return Dataset(name, ids, sources[0].env_spec.id, episodes, sources[0])
+
+
+class Windows(NamedTuple):
+    """The subtrajectories of a dataset. R = sum of T + 1 over the episodes, W = windows."""
+
+    rows: np.ndarray  # [R, D] float32: s_t, a_t, r_t (penalised); an episode's last row: s_T, 0, 0
+    terminals: np.ndarray  # [R] bool
+    mean: np.ndarray  # [D] float32, of the transitions, without the terminal penalty
+    std: np.ndarray  # [D] float32
+    start: np.ndarray  # [W] int64: the row of the window's first transition
+    episode: np.ndarray  # [W] int64
+    timestep: np.ndarray  # [W] int64: the window's first step in its episode
+    y: np.ndarray  # [W] float32: discounted return from there on, with the penalty (eq. 7, A.1)
+    return_to_go: np.ndarray  # [W] float32: undiscounted, without the penalty (eq. 17)
+
+
+def discounted_cumsum(rewards, gamma):
+    """Returns sum_{i >= t} gamma^(i - t) r_i for every t. [T] -> [T] float64"""
+    returns = np.zeros(len(rewards) + 1)
+    for t in reversed(range(len(rewards))):
+        returns[t] = rewards[t] + gamma * returns[t + 1]
+    return returns[:-1]
+
+
+def make_windows(dataset, horizon, gamma, terminal_penalty):
+    """Cuts every episode into its windows of H transitions and one more state (eq. 6, A.1)."""
+    penalty = 0.0 if "maze" in dataset.env_id.lower() else terminal_penalty
+    rows, terminals, start, episode, timestep, y, return_to_go = [], [], [], [], [], [], []
+    moments = np.concatenate(
+        [np.column_stack([e.observations[:-1], e.actions, e.rewards]) for e in dataset.episodes]
+    )
+    row, num_short = 0, 0
+    for i, e in enumerate(dataset.episodes):
+        T = len(e.rewards)
+        if T < horizon:
+            num_short += 1
+            continue
+        rewards = e.rewards - penalty * e.terminals
+        empty = np.zeros((1, e.actions.shape[1] + 1))
+        actions_rewards = np.concatenate([np.column_stack([e.actions, rewards]), empty])
+        rows.append(np.column_stack([e.observations, actions_rewards]))
+        terminals.append(np.append(e.terminals, False))
+        first = np.arange(T - horizon + 1)
+        start.append(row + first)
+        episode.append(np.full_like(first, i))
+        timestep.append(first)
+        y.append(discounted_cumsum(rewards, gamma)[first])
+        return_to_go.append(discounted_cumsum(e.rewards, 1.0)[first])
+        row += T + 1
+    require(start, f"--horizon {horizon}: no episode of {dataset.name} is that long")
+    windows = Windows(
+        rows=np.concatenate(rows).astype(np.float32),
+        terminals=np.concatenate(terminals),
+        mean=moments.mean(0).astype(np.float32),
+        std=(moments.std(0, ddof=1) + 1e-5).astype(np.float32),
+        start=np.concatenate(start),
+        episode=np.concatenate(episode),
+        timestep=np.concatenate(timestep),
+        y=np.concatenate(y).astype(np.float32),
+        return_to_go=np.concatenate(return_to_go).astype(np.float32),
+    )
+    print(
+        f"windows: {len(windows.start)} of {horizon} transitions, return condition "
+        f"{windows.y.min():.1f} to {windows.y.max():.1f}; {num_short} episodes left out for "
+        f"being shorter"
+    )
+    return windows
+
+
+def gather_windows(rows, start, horizon, obs_dim):
+    """Takes windows out of standardised rows [R, D]. start [B] -> [B, H + 1, D]
+
+    The last row keeps only its state: its action and reward belong to the next transition.
+    """
+    x = rows[start[:, None] + torch.arange(horizon + 1, device=start.device)]
+    x[:, -1, obs_dim:] = 0.0
+    return x
+
+
+# --- denoiser ---
+
+
+class MixerBlock(nn.Module):
+    """MLP-mixer block (A.2). [B, R, D, C_in] -> [B, R, D, C_out]: R rows, D dimensions, C channels.
+
+    One MLP mixes the components within each row, one mixes the rows of each component.
+    """
+
+    def __init__(self, num_rows, num_dims, c_in, c_out, emb_dim):
+        super().__init__()
+        width = num_dims * c_in
+        self.norm_row = nn.LayerNorm(width)
+        self.mix_row = nn.Sequential(
+            nn.Linear(width, 4 * c_in), nn.GELU(), nn.Linear(4 * c_in, width)
+        )
+        self.norm_time = nn.LayerNorm(num_rows)
+        self.mix_time = nn.Sequential(
+            nn.Linear(num_rows, 4 * num_rows), nn.GELU(), nn.Linear(4 * num_rows, num_rows)
+        )
+        self.emb = nn.Sequential(nn.Mish(), nn.Linear(emb_dim, c_out))
+        self.project = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+        self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        rows = x.flatten(2)  # [B, R, D * C_in]
+        columns = rows.transpose(1, 2)
+        h = self.mix_row(self.norm_row(rows))
+        h = h + self.mix_time(self.norm_time(columns)).transpose(1, 2)
+        return self.project(h.view_as(x)) + self.emb(emb)[:, None, None, :] + self.skip(x)
+
+
+class LinearAttention(nn.Module):
+    """Residual linear attention over all n = R * D positions. [B, R, D, C] -> [B, R, D, C]
+
+    Per head, out = W_o (softmax_n(K)^T V)^T q. Only the keys pass a nonlinearity, so V = W_v x and
+    q = W_q x fold into one C x C matrix per sample, and no [n, 3 * heads * head_dim] is ever built.
+    """
+
+    def __init__(self, channels, heads=4, head_dim=32):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(channels, channels)  # instance norm
+        self.qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, channels)
+
+    def forward(self, x):
+        h = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, n, C]
+        w_q, w_k, w_v = self.qkv.weight.unflatten(0, (3, self.heads, -1))  # [heads, d, C] each
+        w_o = self.out.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # [heads, d, C]
+        k = F.linear(h, w_k.flatten(0, 1)).softmax(dim=1)  # [B, n, heads * d]
+        kx = (h.transpose(1, 2) @ k).unflatten(2, (self.heads, -1))  # [B, C, heads, d]
+        context = kx.permute(0, 2, 3, 1) @ w_v.transpose(1, 2)  # [B, heads, d, d]
+        mix = (w_q.transpose(1, 2) @ context @ w_o).sum(1)  # [B, C, C]
+        return x + (h @ mix + self.out.bias).view_as(x)
+
+
+class Halve(nn.Module):
+    """Halves the rows with a strided convolution. [B, R, D, C] -> [B, R / 2, D, C]"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=(2, 1), padding=1)
+
+    def forward(self, x):
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Double(nn.Module):
+    """Doubles the rows with a transposed convolution. [B, R, D, C] -> [B, 2 R, D, C]"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, channels, (4, 3), stride=(2, 1), padding=1)
+
+    def forward(self, x):
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class MixerUNet(nn.Module):
+    """Temporal U-Net of MLP-mixer blocks (A.2). Rows are halved three times, if they are not two.
+
+    Channels come last in memory, so that norms, linear layers and 1x1 convolutions need no copy.
+    """
+
+    def __init__(self, num_rows, num_dims, dim):
+        super().__init__()
+        c = [1, dim, 2 * dim, 4 * dim, 8 * dim]
+        emb_dim = 2 * dim
+        halve, double = (nn.Identity, nn.Identity) if num_rows == 2 else (Halve, Double)
+        r = [num_rows // (1 if num_rows == 2 else 2**level) for level in range(4)]
+
+        self.register_buffer("frequencies", torch.randn(8))  # random Fourier features, not learned
+        self.emb_noise = nn.Sequential(nn.Linear(17, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+        self.emb_y = nn.Sequential(nn.Linear(1, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
+
+        def level(num_rows, c_in, c_out, resize):
+            return nn.ModuleList(
+                [
+                    MixerBlock(num_rows, num_dims, c_in, c_out, emb_dim),
+                    MixerBlock(num_rows, num_dims, c_out, c_out, emb_dim),
+                    LinearAttention(c_out),
+                    resize(c_out),
+                ]
+            )
+
+        self.downs = nn.ModuleList([level(r[i], c[i], c[i + 1], halve) for i in range(3)])
+        self.bottom = level(r[3], c[3], c[4], nn.Identity)
+        self.middle_1 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
+        self.middle_attention = LinearAttention(c[4])
+        self.middle_2 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
+        self.ups = nn.ModuleList([level(r[i], 2 * c[i + 1], c[i], double) for i in (3, 2, 1)])
+        self.last = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(8, dim), nn.Mish(), nn.Conv2d(dim, 1, 1)
+        )
+
+    def forward(self, x, c_noise, y, keep):
+        """x [B, R, D], c_noise [B], y [B], keep [B]: 1 where the condition counts, 0 where it is
+        dropped. Returns [B, R, D]."""
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        features = torch.cat([c_noise[:, None], angles.sin(), angles.cos()], dim=1)
+        emb_y = self.emb_y(y[:, None]) * keep[:, None]
+        emb = torch.cat([emb_y, self.emb_noise(features)], dim=1)
+
+        x, skips = x.unsqueeze(-1), []
+        for block_1, block_2, attention, resize in [*self.downs, self.bottom]:
+            x = attention(block_2(block_1(x, emb), emb))
+            skips.append(x)
+            x = resize(x)
+        x = self.middle_2(self.middle_attention(self.middle_1(x, emb)), emb)
+        for block_1, block_2, attention, resize in self.ups:
+            x = block_1(torch.cat([x, skips.pop()], dim=-1), emb)
+            x = resize(attention(block_2(x, emb)))
+        return self.last(x.permute(0, 3, 1, 2)).squeeze(1)
+
+
+class Denoiser(nn.Module):
+    """EDM's preconditioned denoiser D(x; sigma, y) (Karras et al., eq. 7) of standardised rows.
+
+    The last row's action and reward are empty cells: zero going in and zero coming out.
+    """
+
+    def __init__(self, horizon, obs_dim, act_dim, dim, sigma_data=1.0):
+        super().__init__()
+        num_dims = obs_dim + act_dim + 1
+        self.net = MixerUNet(horizon + 1, num_dims, dim)
+        self.sigma_data = sigma_data
+        filled = torch.ones(horizon + 1, num_dims)
+        filled[-1, obs_dim:] = 0.0
+        self.register_buffer("filled", filled)
+
+    def forward(self, x, sigma, y, keep):
+        """x [B, H + 1, D], sigma [B], y [B] scaled return, keep [B] (0 drops y) -> [B, H + 1, D]"""
+        s = sigma[:, None, None]
+        norm = torch.sqrt(s**2 + self.sigma_data**2)
+        c_skip = self.sigma_data**2 / norm**2
+        c_out = s * self.sigma_data / norm
+        c_in = 1 / norm
+        c_noise = torch.log(sigma) / 4
+        x = x * self.filled
+        return (c_skip * x + c_out * self.net(c_in * x, c_noise, y, keep)) * self.filled
+
+
+# --- training ---
+
+
+def edm_loss(denoiser, x, y, keep, sigma, noise):
+    """EDM's weighted denoising loss (eq. 2 and 5; Karras et al., Table 1).
+
+    x [B, H + 1, D] clean rows, y [B], keep [B], sigma [B], noise [B, H + 1, D] unit normal.
+    """
+    s = sigma[:, None, None]
+    weight = (s**2 + denoiser.sigma_data**2) / (s * denoiser.sigma_data) ** 2
+    return (weight * (denoiser(x + s * noise, sigma, y, keep) - x) ** 2).mean()
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """Moves the averaged weights towards the model's.
+
+    The decay warms up from 0 as 1 - step^(-2/3), or a short run would sample its initial weights.
+    """
+    decay = min(decay, 1 - step ** (-2 / 3))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def get_rng_state(device):
+    """Returns the states of the generators that training draws from, as plain tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    """Puts back what get_rng_state returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def load_checkpoint(path):
+    """Reads diffusion.pt as plain tensors and values; nothing in it is executed."""
+    require(path.is_file(), f"{path}: no such file; gta_diffusion.py writes it")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version = checkpoint["format"], checkpoint["format_version"]
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({reason})")
+    require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
+    require(version == 1, f"{path}: format version {version}; this program reads version 1")
+    return checkpoint
+
+
+def check_same_run(args, checkpoint):
+    """Exits unless --resume continues the run that wrote the checkpoint."""
+    free = {"resume", "out", "save_every", "device", "compile", "track"}
+    for key, value in plain_args(args).items():
+        old = checkpoint["args"].get(key)
+        require(
+            old == value or key in free or key.startswith("wandb"),
+            f"--resume: {args.out} was trained with {key} = {old}, not {value}; "
+            "give it the same flags, or another --out",
+        )
+
+
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def main(args):
+    rows_ok = args.horizon == 1 or (args.horizon > 1 and (args.horizon + 1) % 8 == 0)
+    require(rows_ok, f"--horizon {args.horizon}: must be 1 or one less than a multiple of 8")
+    require(args.dim > 0 and args.dim % 8 == 0, f"--dim {args.dim}: must be a multiple of 8")
+    require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be positive")
+    require(args.train_steps > 0, f"--train-steps {args.train_steps}: must be positive")
+    require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+
+    dataset = load_dataset(args.env)
+    windows = make_windows(dataset, args.horizon, args.gamma, args.terminal_penalty)
+    obs_dim = dataset.episodes[0].observations.shape[1]
+    act_dim = dataset.episodes[0].actions.shape[1]
+    mean, std = torch.tensor(windows.mean), torch.tensor(windows.std)
+    rows = ((torch.tensor(windows.rows) - mean) / std).to(device)
+    start = torch.tensor(windows.start, device=device)
+    y = torch.tensor(windows.y, device=device) * args.return_scale
+
+    denoiser = Denoiser(args.horizon, obs_dim, act_dim, args.dim).to(device)
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, T_0=max(1, args.train_steps // 10)
+    )
+    num_parameters = sum(p.numel() for p in denoiser.parameters())
+    print(f"denoiser: {num_parameters / 1e6:.1f} M parameters, {args.horizon + 1} rows")
+
+    first_step = 0
+    if args.resume and args.out.exists():
+        checkpoint = load_checkpoint(args.out)
+        check_same_run(args, checkpoint)
+        denoiser.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        set_rng_state(checkpoint["rng"], device)
+        first_step = checkpoint["step"]
+        print(f"resumed {args.out} at step {first_step}")
+    elif args.resume:
+        print(f"nothing to resume at {args.out}, starting at step 0")
+
+    def save(step):
+        checkpoint = {
+            "format": "gta-diffusion",
+            "format_version": 1,
+            "args": plain_args(args),
+            "env": args.env,
+            "dataset_ids": dataset.ids,
+            "env_id": dataset.env_id,
+            "obs_dim": obs_dim,
+            "act_dim": act_dim,
+            "horizon": args.horizon,
+            "normalizer": {"mean": mean, "std": std},
+            "model": denoiser.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "step": step,
+            "rng": get_rng_state(device),
+        }
+        write_atomically(args.out, lambda file: torch.save(checkpoint, file))
+
+    loss_fn = torch.compile(edm_loss) if args.compile else edm_loss
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=plain_args(args))
+
+    loss_sum = torch.zeros((), device=device)
+    recent_losses = deque(maxlen=10)  # means of 100 steps each
+    started = time.time()
+    progress = tqdm(range(first_step, args.train_steps), initial=first_step, total=args.train_steps)
+    try:
+        for step in progress:
+            index = torch.randint(len(start), (args.batch_size,), device=device)
+            x = gather_windows(rows, start[index], args.horizon, obs_dim)
+            keep = (torch.rand(len(x), device=device) >= args.condition_dropout).float()
+            sigma = torch.exp(args.p_mean + args.p_std * torch.randn(len(x), device=device))
+            loss = loss_fn(denoiser, x, y[index], keep, sigma, torch.randn_like(x))
+            loss.backward()
+            nn.utils.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            if (step + 1) % args.ema_every == 0:
+                update_ema(ema, denoiser, step + 1, args.ema_decay)
+
+            loss_sum += loss.detach()
+            if (step + 1) % 100 == 0:
+                recent_losses.append(loss_sum.item() / 100)
+                loss_sum.zero_()
+                progress.set_postfix(loss=f"{recent_losses[-1]:.3f}")
+                if args.track:
+                    log = {"loss": recent_losses[-1], "lr": scheduler.get_last_lr()[0]}
+                    wandb.log(log, step=step + 1)
+            if (step + 1) % args.save_every == 0 or step + 1 == args.train_steps:
+                save(step + 1)
+    except KeyboardInterrupt:
+        progress.close()
+        sys.exit(f"interrupted; --resume continues from the last checkpoint in {args.out}, if any")
+    steps = f"{args.train_steps} steps, {(time.time() - started) / 60:.1f} min"
+    if recent_losses:
+        steps += f", loss {np.mean(recent_losses):.3f} over the last {100 * len(recent_losses)}"
+    print(f"wrote {args.out}: {steps}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
