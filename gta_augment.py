@@ -1,0 +1,748 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch",
+#     "numpy",
+#     "gymnasium[mujoco]",
+#     "minari[hdf5,hf]",
+#     "tyro",
+#     "tqdm",
+#     "wandb",
+# ]
+# ///
+"""GTA, stage B: augment an offline dataset with a trained trajectory diffusion model.
+
+GTA: Generative Trajectory Augmentation with Guidance for Offline RL (NeurIPS 2024), section 4.2
+and appendices A.3, B. Subtrajectories of the dataset are noised up to a level that mu sets (eq. 9)
+and denoised (eq. 10) by the stochastic sampler of EDM under classifier-free guidance (eq. 4)
+towards an amplified return (eq. 8).
+
+    python gta_augment.py --mu 0.25 --alpha 1.1
+
+Reads:  diffusion.pt of gta_diffusion.py (--checkpoint) and the dataset that it was trained on
+Writes: buffer.npz (--out), which the learners read with --aug
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from huggingface_hub import HfApi
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    checkpoint: Path = Path("diffusion.pt")
+    """trained model of gta_diffusion.py; it names its dataset, horizon and sizes"""
+    out: Path = Path("buffer.npz")
+    """file to write"""
+    env: str | None = None
+    """where the dataset of the checkpoint is now, if it has moved"""
+    num_transitions: int = 5_000_000
+    """transitions to generate, in subtrajectories of H (B.1)"""
+    mu: float = 0.25
+    """noising ratio in (0, 1]: how much of a trajectory is erased; 1 starts from noise (eq. 9)"""
+    alpha: float = 1.1
+    """amplification of the return that is asked for (eq. 8)"""
+    guidance: float = 2.0
+    """w, scale of the classifier-free guidance (eq. 4, Table 7); 0 only conditions"""
+    reweight_bins: int = 0
+    """N_B > 0 draws sources with high returns more often (eq. 13, Table 9), for dense rewards"""
+    reweight_u: float = 0.001
+    """u of eq. 13 (Table 9)"""
+    reweight_q: float = 5.0
+    """q of eq. 13 (Table 9)"""
+    success_weight: float = 1.0
+    """c > 1 draws episodes, successful ones (return > 0) c times as often, then a window of the
+    episode, for sparse rewards (B.2)"""
+    restore_terminal_reward: bool = False
+    """give terminal rewards back the penalty that stage A subtracted from them"""
+    num_steps: int = 128
+    """K, diffusion steps from sigma_max to 0 (Table 7)"""
+    sigma_min: float = 0.002
+    """lowest noise level before 0 (Table 7)"""
+    sigma_max: float = 80.0
+    """highest noise level (Table 7)"""
+    rho: float = 7.0
+    """bend of the noise schedule (EDM, Table 1)"""
+    s_churn: float = 80.0
+    """noise that the sampler adds back on its way (Table 7); 0 makes it deterministic"""
+    s_min: float = 0.05
+    """lowest noise level with churn (Table 7)"""
+    s_max: float = 50.0
+    """highest noise level with churn (Table 7)"""
+    s_noise: float = 1.003
+    """standard deviation of the churn's noise (Table 7)"""
+    batch_size: int = 1024
+    """subtrajectories denoised at once"""
+    seed: int = 0
+    """seed of sources and noise"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu"""
+    compile: bool = torch.cuda.is_available()
+    """compile the denoiser with torch.compile; on a CPU this takes minutes and gains nothing"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "gta"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """user or team of --track"""
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit(f"error: {message}")
+
+
+def pick_device(name):
+    """Returns the torch device called name; says so when that is the CPU."""
+    require(
+        not name.startswith("cuda") or torch.cuda.is_available(),
+        f"--device {name}: PyTorch finds no CUDA device; use --device cpu",
+    )
+    if name == "cpu":
+        print("device: cpu (paper-size runs want a GPU)")
+    return torch.device(name)
+
+
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- dataset ---
+
+ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
+SHORT_NAMES = {  # pattern of a short name -> Minari ids
+    rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
+    rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
+    r"maze2d-((?:umaze|medium|large)(?:-dense)?)": ["D4RL/pointmaze/{}-v2"],
+    r"antmaze-(umaze|(?:umaze|medium|large)-diverse|(?:medium|large)-play)": ["D4RL/antmaze/{}-v1"],
+    r"(pen|door|hammer|relocate)-(human|cloned|expert)": ["D4RL/{}/{}-v2"],
+    r"kitchen-(complete|partial|mixed)": ["D4RL/kitchen/{}-v2"],
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+    terminals: np.ndarray  # [T] bool: the environment terminated; a truncation is no terminal
+
+
+class Dataset(NamedTuple):
+    name: str  # for people: hopper-medium
+    ids: list  # Minari ids of what was loaded
+    env_id: str  # Gymnasium id: Hopper-v5
+    episodes: list  # of Episode
+    source: minari.MinariDataset  # the first id's: its environment, spaces, reference scores
+
+
+def resolve_env(env):
+    """Returns the Minari ids and folders that --env stands for."""
+    for pattern, ids in SHORT_NAMES.items():
+        if match := re.fullmatch(pattern, env):
+            return [minari_id.format(*match.groups()) for minari_id in ids]
+    return env.split("+")
+
+
+def open_minari(source):
+    """Opens a folder, else an id from the local cache, else an id from Minari's hub."""
+    for folder in (Path(source), Path(__file__).parent / source):
+        if folder.is_dir():
+            metadata = folder / "data" / "metadata.json"
+            require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
+            return minari.MinariDataset(folder / "data")
+    require(
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
+        f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
+    )
+    try:
+        return minari.load_dataset(source)
+    except FileNotFoundError:
+        print(f"{source} is not in the local cache, asking Minari's hub")
+    try:
+        # Minari's own client retries for 23 s; this fails at once where there is no connection
+        HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
+        return minari.load_dataset(source, download=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(
+            f"error: --env {source}: not in the local cache, and the hub did not send it ({reason}"
+            "); check the id and the connection, or give a folder that holds the dataset"
+        )
+
+
+def flatten_observations(space, observations):
+    """Stacks observations [T + 1, ...], nested dictionaries too, as gymnasium's flatten does."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_observations(sub, observations[key]) for key, sub in space.items()]
+        return np.concatenate(parts, axis=1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def load_dataset(env):
+    """Loads the episodes that --env stands for and prints a line about them.
+
+    Exits with one line if there is no such dataset, or its spaces are not vectors of numbers.
+    """
+    sources = [open_minari(source) for source in resolve_env(env)]
+    episodes = []
+    for source in sources:
+        space, action_space = source.observation_space, source.action_space
+        flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
+        is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
+        require(
+            isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
+            f"--env {source.id}: observations must be vectors of real numbers, not {space}",
+        )
+        require(
+            isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
+            f"--env {source.id}: actions must be vectors of real numbers, not {action_space}",
+        )
+        for e in source.iterate_episodes():
+            observations = flatten_observations(space, e.observations)
+            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+    dims = {(e.observations.shape[1], e.actions.shape[1]) for e in episodes}
+    require(len(dims) == 1, f"--env {env}: no episodes, or their dimensions differ: {dims}")
+
+    ids = [source.id for source in sources]
+    name = env if any(re.fullmatch(pattern, env) for pattern in SHORT_NAMES) else "+".join(ids)
+    returns = np.array([e.rewards.sum() for e in episodes])
+    print(
+        f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
+        f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
+        f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    )
+    return Dataset(name, ids, sources[0].env_spec.id, episodes, sources[0])
+
+
+class Windows(NamedTuple):
+    """The subtrajectories of a dataset. R = sum of T + 1 over the episodes, W = windows."""
+
+    rows: np.ndarray  # [R, D] float32: s_t, a_t, r_t (penalised); an episode's last row: s_T, 0, 0
+    terminals: np.ndarray  # [R] bool
+    mean: np.ndarray  # [D] float32, of the transitions, without the terminal penalty
+    std: np.ndarray  # [D] float32
+    start: np.ndarray  # [W] int64: the row of the window's first transition
+    episode: np.ndarray  # [W] int64
+    timestep: np.ndarray  # [W] int64: the window's first step in its episode
+    y: np.ndarray  # [W] float32: discounted return from there on, with the penalty (eq. 7, A.1)
+    return_to_go: np.ndarray  # [W] float32: undiscounted, without the penalty (eq. 17)
+
+
+def discounted_cumsum(rewards, gamma):
+    """Returns sum_{i >= t} gamma^(i - t) r_i for every t. [T] -> [T] float64"""
+    returns = np.zeros(len(rewards) + 1)
+    for t in reversed(range(len(rewards))):
+        returns[t] = rewards[t] + gamma * returns[t + 1]
+    return returns[:-1]
+
+
+def make_windows(dataset, horizon, gamma, terminal_penalty):
+    """Cuts every episode into its windows of H transitions and one more state (eq. 6, A.1)."""
+    penalty = 0.0 if "maze" in dataset.env_id.lower() else terminal_penalty
+    rows, terminals, start, episode, timestep, y, return_to_go = [], [], [], [], [], [], []
+    moments = np.concatenate(
+        [np.column_stack([e.observations[:-1], e.actions, e.rewards]) for e in dataset.episodes]
+    )
+    row, num_short = 0, 0
+    for i, e in enumerate(dataset.episodes):
+        T = len(e.rewards)
+        if T < horizon:
+            num_short += 1
+            continue
+        rewards = e.rewards - penalty * e.terminals
+        empty = np.zeros((1, e.actions.shape[1] + 1))
+        actions_rewards = np.concatenate([np.column_stack([e.actions, rewards]), empty])
+        rows.append(np.column_stack([e.observations, actions_rewards]))
+        terminals.append(np.append(e.terminals, False))
+        first = np.arange(T - horizon + 1)
+        start.append(row + first)
+        episode.append(np.full_like(first, i))
+        timestep.append(first)
+        y.append(discounted_cumsum(rewards, gamma)[first])
+        return_to_go.append(discounted_cumsum(e.rewards, 1.0)[first])
+        row += T + 1
+    require(start, f"--horizon {horizon}: no episode of {dataset.name} is that long")
+    windows = Windows(
+        rows=np.concatenate(rows).astype(np.float32),
+        terminals=np.concatenate(terminals),
+        mean=moments.mean(0).astype(np.float32),
+        std=(moments.std(0, ddof=1) + 1e-5).astype(np.float32),
+        start=np.concatenate(start),
+        episode=np.concatenate(episode),
+        timestep=np.concatenate(timestep),
+        y=np.concatenate(y).astype(np.float32),
+        return_to_go=np.concatenate(return_to_go).astype(np.float32),
+    )
+    print(
+        f"windows: {len(windows.start)} of {horizon} transitions, return condition "
+        f"{windows.y.min():.1f} to {windows.y.max():.1f}; {num_short} episodes left out for "
+        f"being shorter"
+    )
+    return windows
+
+
+def gather_windows(rows, start, horizon, obs_dim):
+    """Takes windows out of standardised rows [R, D]. start [B] -> [B, H + 1, D]
+
+    The last row keeps only its state: its action and reward belong to the next transition.
+    """
+    x = rows[start[:, None] + torch.arange(horizon + 1, device=start.device)]
+    x[:, -1, obs_dim:] = 0.0
+    return x
+
+
+# --- denoiser ---
+
+
+class MixerBlock(nn.Module):
+    """MLP-mixer block (A.2). [B, R, D, C_in] -> [B, R, D, C_out]: R rows, D dimensions, C channels.
+
+    One MLP mixes the components within each row, one mixes the rows of each component.
+    """
+
+    def __init__(self, num_rows, num_dims, c_in, c_out, emb_dim):
+        super().__init__()
+        width = num_dims * c_in
+        self.norm_row = nn.LayerNorm(width)
+        self.mix_row = nn.Sequential(
+            nn.Linear(width, 4 * c_in), nn.GELU(), nn.Linear(4 * c_in, width)
+        )
+        self.norm_time = nn.LayerNorm(num_rows)
+        self.mix_time = nn.Sequential(
+            nn.Linear(num_rows, 4 * num_rows), nn.GELU(), nn.Linear(4 * num_rows, num_rows)
+        )
+        self.emb = nn.Sequential(nn.Mish(), nn.Linear(emb_dim, c_out))
+        self.project = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+        self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        rows = x.flatten(2)  # [B, R, D * C_in]
+        columns = rows.transpose(1, 2)
+        h = self.mix_row(self.norm_row(rows))
+        h = h + self.mix_time(self.norm_time(columns)).transpose(1, 2)
+        return self.project(h.view_as(x)) + self.emb(emb)[:, None, None, :] + self.skip(x)
+
+
+class LinearAttention(nn.Module):
+    """Residual linear attention over all n = R * D positions. [B, R, D, C] -> [B, R, D, C]
+
+    Per head, out = W_o (softmax_n(K)^T V)^T q. Only the keys pass a nonlinearity, so V = W_v x and
+    q = W_q x fold into one C x C matrix per sample, and no [n, 3 * heads * head_dim] is ever built.
+    """
+
+    def __init__(self, channels, heads=4, head_dim=32):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(channels, channels)  # instance norm
+        self.qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, channels)
+
+    def forward(self, x):
+        h = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # [B, n, C]
+        w_q, w_k, w_v = self.qkv.weight.unflatten(0, (3, self.heads, -1))  # [heads, d, C] each
+        w_o = self.out.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # [heads, d, C]
+        k = F.linear(h, w_k.flatten(0, 1)).softmax(dim=1)  # [B, n, heads * d]
+        kx = (h.transpose(1, 2) @ k).unflatten(2, (self.heads, -1))  # [B, C, heads, d]
+        context = kx.permute(0, 2, 3, 1) @ w_v.transpose(1, 2)  # [B, heads, d, d]
+        mix = (w_q.transpose(1, 2) @ context @ w_o).sum(1)  # [B, C, C]
+        return x + (h @ mix + self.out.bias).view_as(x)
+
+
+class Halve(nn.Module):
+    """Halves the rows with a strided convolution. [B, R, D, C] -> [B, R / 2, D, C]"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=(2, 1), padding=1)
+
+    def forward(self, x):
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Double(nn.Module):
+    """Doubles the rows with a transposed convolution. [B, R, D, C] -> [B, 2 R, D, C]"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(channels, channels, (4, 3), stride=(2, 1), padding=1)
+
+    def forward(self, x):
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class MixerUNet(nn.Module):
+    """Temporal U-Net of MLP-mixer blocks (A.2). Rows are halved three times, if they are not two.
+
+    Channels come last in memory, so that norms, linear layers and 1x1 convolutions need no copy.
+    """
+
+    def __init__(self, num_rows, num_dims, dim):
+        super().__init__()
+        c = [1, dim, 2 * dim, 4 * dim, 8 * dim]
+        emb_dim = 2 * dim
+        halve, double = (nn.Identity, nn.Identity) if num_rows == 2 else (Halve, Double)
+        r = [num_rows // (1 if num_rows == 2 else 2**level) for level in range(4)]
+
+        self.register_buffer("frequencies", torch.randn(8))  # random Fourier features, not learned
+        self.emb_noise = nn.Sequential(nn.Linear(17, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+        self.emb_y = nn.Sequential(nn.Linear(1, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
+
+        def level(num_rows, c_in, c_out, resize):
+            return nn.ModuleList(
+                [
+                    MixerBlock(num_rows, num_dims, c_in, c_out, emb_dim),
+                    MixerBlock(num_rows, num_dims, c_out, c_out, emb_dim),
+                    LinearAttention(c_out),
+                    resize(c_out),
+                ]
+            )
+
+        self.downs = nn.ModuleList([level(r[i], c[i], c[i + 1], halve) for i in range(3)])
+        self.bottom = level(r[3], c[3], c[4], nn.Identity)
+        self.middle_1 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
+        self.middle_attention = LinearAttention(c[4])
+        self.middle_2 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
+        self.ups = nn.ModuleList([level(r[i], 2 * c[i + 1], c[i], double) for i in (3, 2, 1)])
+        self.last = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(8, dim), nn.Mish(), nn.Conv2d(dim, 1, 1)
+        )
+
+    def forward(self, x, c_noise, y, keep):
+        """x [B, R, D], c_noise [B], y [B], keep [B]: 1 where the condition counts, 0 where it is
+        dropped. Returns [B, R, D]."""
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        features = torch.cat([c_noise[:, None], angles.sin(), angles.cos()], dim=1)
+        emb_y = self.emb_y(y[:, None]) * keep[:, None]
+        emb = torch.cat([emb_y, self.emb_noise(features)], dim=1)
+
+        x, skips = x.unsqueeze(-1), []
+        for block_1, block_2, attention, resize in [*self.downs, self.bottom]:
+            x = attention(block_2(block_1(x, emb), emb))
+            skips.append(x)
+            x = resize(x)
+        x = self.middle_2(self.middle_attention(self.middle_1(x, emb)), emb)
+        for block_1, block_2, attention, resize in self.ups:
+            x = block_1(torch.cat([x, skips.pop()], dim=-1), emb)
+            x = resize(attention(block_2(x, emb)))
+        return self.last(x.permute(0, 3, 1, 2)).squeeze(1)
+
+
+class Denoiser(nn.Module):
+    """EDM's preconditioned denoiser D(x; sigma, y) (Karras et al., eq. 7) of standardised rows.
+
+    The last row's action and reward are empty cells: zero going in and zero coming out.
+    """
+
+    def __init__(self, horizon, obs_dim, act_dim, dim, sigma_data=1.0):
+        super().__init__()
+        num_dims = obs_dim + act_dim + 1
+        self.net = MixerUNet(horizon + 1, num_dims, dim)
+        self.sigma_data = sigma_data
+        filled = torch.ones(horizon + 1, num_dims)
+        filled[-1, obs_dim:] = 0.0
+        self.register_buffer("filled", filled)
+
+    def forward(self, x, sigma, y, keep):
+        """x [B, H + 1, D], sigma [B], y [B] scaled return, keep [B] (0 drops y) -> [B, H + 1, D]"""
+        s = sigma[:, None, None]
+        norm = torch.sqrt(s**2 + self.sigma_data**2)
+        c_skip = self.sigma_data**2 / norm**2
+        c_out = s * self.sigma_data / norm
+        c_in = 1 / norm
+        c_noise = torch.log(sigma) / 4
+        x = x * self.filled
+        return (c_skip * x + c_out * self.net(c_in * x, c_noise, y, keep)) * self.filled
+
+
+def load_checkpoint(path):
+    """Reads diffusion.pt as plain tensors and values; nothing in it is executed."""
+    require(path.is_file(), f"{path}: no such file; gta_diffusion.py writes it")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version = checkpoint["format"], checkpoint["format_version"]
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({reason})")
+    require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
+    require(version == 1, f"{path}: format version {version}; this program reads version 1")
+    return checkpoint
+
+
+# --- sources ---
+
+
+def amplified_return(y, alpha):
+    """Eq. 8 for y >= 0; a negative return, too, moves upward. y [N] -> [N]"""
+    return y + (alpha - 1) * np.abs(y)
+
+
+def reweighted_probabilities(y, num_bins, u, q, max_ratio=5.0):
+    """Eq. 13: probability of every window [W] to be a source, from its scaled return y [W].
+
+    A bin j of the returns is drawn in proportion to v_j = |B_j| / (|B_j| + u) exp(-|y_max - y_j| /
+    q), with |B_j| as a share of all windows and y_j its midpoint, and a window of it uniformly. No
+    window is drawn more than max_ratio times as often as under uniform sampling.
+    """
+    count, edges = np.histogram(y, bins=num_bins)
+    share = count / len(y)
+    midpoint = (edges[:-1] + edges[1:]) / 2
+    v = share / (share + u) * np.exp(-np.abs(y.max() - midpoint) / q)
+    bin_of = np.clip(np.searchsorted(edges, y, side="right") - 1, 0, num_bins - 1)
+    ratio = (v / v.sum() / np.maximum(share, 1e-12))[bin_of]  # 1 is uniform
+    while ratio.max() > max_ratio * 1.001:  # what the cap takes away goes to the other windows
+        ratio = np.minimum(ratio, max_ratio)
+        ratio /= ratio.mean()
+    return ratio / ratio.sum()
+
+
+def success_probabilities(episode, episode_returns, c):
+    """B.2: probability of every window [W] where a successful episode weighs c, others 1.
+
+    episode [W] names each window's episode; episode_returns [E]. Within an episode windows are
+    equally likely.
+    """
+    weight = np.where(episode_returns > 0, c, 1.0)
+    num_windows = np.bincount(episode, minlength=len(weight))
+    p = weight[episode] / num_windows[episode]
+    return p / p.sum()
+
+
+def draw_sources(rng, num_windows, num_sources, probabilities=None):
+    """Returns num_sources window indices; without probabilities all windows come equally often."""
+    if probabilities is not None:
+        return rng.choice(num_windows, num_sources, p=probabilities)
+    epochs = math.ceil(num_sources / num_windows)
+    return np.concatenate([rng.permutation(num_windows) for _ in range(epochs)])[:num_sources]
+
+
+# --- sampler ---
+
+
+def noise_schedule(num_steps, sigma_min, sigma_max, rho):
+    """EDM's noise levels (Karras et al., eq. 5): K of them from sigma_max to sigma_min, then 0."""
+    ramp = np.linspace(0, 1, num_steps)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [*((high + ramp * (low - high)) ** rho).tolist(), 0.0]
+
+
+def partial_noise(x, sigmas, mu):
+    """Eq. 9: noises x [B, H + 1, D] up to step k = int(K (1 - mu)) of the schedule sigmas [K + 1].
+
+    Returns the noised x and the noise levels that are left. At mu = 1 nothing of x remains.
+    """
+    k = int((len(sigmas) - 1) * (1 - mu))
+    source = torch.zeros_like(x) if mu == 1 else x
+    return source + sigmas[k] * torch.randn_like(x), sigmas[k:]
+
+
+def guided_denoiser(denoiser, x, sigma, y, w):
+    """Eq. 4, (w + 1) D(x; sigma, y) - w D(x; sigma): D is linear in the score that eq. 4 mixes.
+
+    x [B, H + 1, D], sigma a float, y [B]. Both evaluations are one batch of twice the size.
+    """
+    sigma = torch.full_like(y, sigma)
+    keep = torch.ones_like(y)
+    if w == 0:
+        return denoiser(x, sigma, y, keep)
+    keep = torch.cat([keep, torch.zeros_like(y)])
+    both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([y, y]), keep)
+    conditional, unconditional = both.chunk(2)
+    return (w + 1) * conditional - w * unconditional
+
+
+def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
+    """Stochastic Heun sampler (Karras et al., Algorithm 2) from noise level sigmas[0] to 0.
+
+    denoise(x, sigma) is D. gamma is S_churn / K, at most sqrt(2) - 1, between s_min and s_max.
+    """
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        churn = gamma if s_min <= sigma <= s_max else 0.0
+        sigma_hat = sigma * (1 + churn)
+        x_hat = x + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * torch.randn_like(x)
+        slope = (x_hat - denoise(x_hat, sigma_hat)) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * slope
+        if sigma_next > 0:  # Heun's correction
+            slope_next = (x - denoise(x, sigma_next)) / sigma_next
+            x = x_hat + (sigma_next - sigma_hat) * (slope + slope_next) / 2
+    return x
+
+
+# --- output ---
+
+
+def save_buffer(path, buffer, metadata):
+    """Writes buffer.npz: arrays and a JSON string, readable without pickle."""
+    arrays = {**buffer, "metadata": np.array(json.dumps(metadata))}
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def summarise(buffer, source_rewards):
+    """Returns what a user wants to know of the generated data at once, as numbers.
+
+    Mean rewards leave terminal transitions out, whose rewards hold the penalty.
+    """
+    alive = ~buffer["terminals"]
+    generated_return = buffer["rewards"].sum(1)
+    constant = np.ptp(buffer["condition"]) == 0 or np.ptp(generated_return) == 0
+    return {
+        "subtrajectories": len(alive),
+        "source_reward": float(source_rewards[alive].mean(dtype=np.float64)),
+        "generated_reward": float(buffer["rewards"][alive].mean(dtype=np.float64)),
+        "correlation": float("nan")
+        if constant
+        else float(np.corrcoef(buffer["condition"], generated_return)[0, 1]),
+    }
+
+
+def main(args):
+    require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
+    require(args.alpha > 0, f"--alpha {args.alpha}: must be positive")
+    require(args.guidance >= 0, f"--guidance {args.guidance}: must not be negative")
+    require(args.num_transitions > 0, f"--num-transitions {args.num_transitions}: must be positive")
+    require(args.num_steps > 1, f"--num-steps {args.num_steps}: must be at least 2")
+    require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be positive")
+    require(args.reweight_bins >= 0, f"--reweight-bins {args.reweight_bins}: must not be negative")
+    require(args.success_weight >= 1, f"--success-weight {args.success_weight}: at least 1")
+    require(
+        args.reweight_bins == 0 or args.success_weight == 1,
+        "--reweight-bins is for dense rewards, --success-weight for sparse ones: choose one",
+    )
+    require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+
+    checkpoint = load_checkpoint(args.checkpoint)
+    trained = checkpoint["args"]
+    horizon, obs_dim, act_dim = (checkpoint[k] for k in ("horizon", "obs_dim", "act_dim"))
+    dataset = load_dataset(args.env or checkpoint["env"])
+    require(
+        dataset.ids == checkpoint["dataset_ids"],
+        f"--checkpoint {args.checkpoint}: trained on {'+'.join(checkpoint['dataset_ids'])}, "
+        f"not on {'+'.join(dataset.ids)}",
+    )
+    windows = make_windows(dataset, horizon, trained["gamma"], trained["terminal_penalty"])
+    denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"])
+    denoiser.load_state_dict(checkpoint["ema"])
+    denoiser.to(device).eval()
+    if args.compile:
+        denoiser = torch.compile(denoiser)
+
+    y = windows.y * trained["return_scale"]
+    probabilities = None
+    if args.reweight_bins:
+        probabilities = reweighted_probabilities(
+            y, args.reweight_bins, args.reweight_u, args.reweight_q
+        )
+    elif args.success_weight > 1:
+        episode_returns = np.array([e.rewards.sum() for e in dataset.episodes])
+        probabilities = success_probabilities(windows.episode, episode_returns, args.success_weight)
+    num_sources = math.ceil(args.num_transitions / horizon)
+    sources = draw_sources(rng, len(y), num_sources, probabilities)
+    condition = amplified_return(y[sources], args.alpha)
+
+    sigmas = noise_schedule(args.num_steps, args.sigma_min, args.sigma_max, args.rho)
+    gamma = min(args.s_churn / args.num_steps, math.sqrt(2) - 1)
+    mean, std = (checkpoint["normalizer"][k].to(device) for k in ("mean", "std"))
+    rows = (torch.tensor(windows.rows, device=device) - mean) / std
+    low, high = dataset.source.action_space.low, dataset.source.action_space.high
+
+    @torch.no_grad()
+    def generate(batch):
+        """Augments the windows sources[batch]; returns their rows [B, H + 1, D] in real units."""
+        start = torch.tensor(windows.start[sources[batch]], device=device)
+        y_hat = torch.tensor(condition[batch], dtype=torch.float32, device=device)
+        x = gather_windows(rows, start, horizon, obs_dim)
+        x, levels = partial_noise(x, sigmas, args.mu)
+        denoise = partial(guided_denoiser, denoiser, y=y_hat, w=args.guidance)
+        x = edm_sampler(denoise, x, levels, gamma, args.s_min, args.s_max, args.s_noise)
+        return (x * std + mean).cpu().numpy()
+
+    steps = windows.start[sources][:, None] + np.arange(horizon)  # [N, H] rows of the transitions
+    buffer = {
+        "observations": np.empty((num_sources, horizon + 1, obs_dim), np.float32),
+        "actions": np.empty((num_sources, horizon, act_dim), np.float32),
+        "rewards": np.empty((num_sources, horizon), np.float32),
+        "terminals": windows.terminals[steps],
+        "episode": windows.episode[sources].astype(np.int32),
+        "timestep": windows.timestep[sources].astype(np.int32),
+        "return_to_go": windows.return_to_go[sources],
+        "condition": (condition / trained["return_scale"]).astype(np.float32),
+    }
+    started = time.time()
+    try:
+        with tqdm(total=num_sources, unit="traj") as progress:
+            for i in range(0, num_sources, args.batch_size):
+                batch = slice(i, min(i + args.batch_size, num_sources))
+                x = generate(batch)
+                buffer["observations"][batch] = x[:, :, :obs_dim]
+                buffer["actions"][batch] = x[:, :-1, obs_dim:-1].clip(low, high)
+                buffer["rewards"][batch] = x[:, :-1, -1]
+                progress.update(len(x))
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {args.out} was not written")
+    if args.restore_terminal_reward and "maze" not in dataset.env_id.lower():
+        buffer["rewards"] += trained["terminal_penalty"] * buffer["terminals"]
+
+    metadata = {
+        **plain_args(args),
+        "format": "gta-buffer",
+        "format_version": 1,
+        "method": "gta",
+        "env": args.env or checkpoint["env"],
+        "dataset_ids": dataset.ids,
+        "env_id": dataset.env_id,
+        "horizon": horizon,
+        "diffusion": {**trained, "step": checkpoint["step"]},
+    }
+    save_buffer(args.out, buffer, metadata)
+
+    summary = summarise(buffer, windows.rows[steps, -1])
+    size = args.out.stat().st_size / 1e6
+    print(
+        f"wrote {args.out} ({size:.1f} MB, {(time.time() - started) / 60:.1f} min): "
+        f"{summary['subtrajectories']} subtrajectories, {num_sources * horizon} transitions\n"
+        f"mean reward: sources {summary['source_reward']:.3f}, generated "
+        f"{summary['generated_reward']:.3f} (terminal transitions left out)\n"
+        f"correlation of condition and generated return: {summary['correlation']:.3f}"
+    )
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=metadata)
+        wandb.log(summary)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

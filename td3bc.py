@@ -1,0 +1,744 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch",
+#     "numpy",
+#     "gymnasium[mujoco]",
+#     "minari[hdf5,hf]",
+#     "tyro",
+#     "tqdm",
+#     "wandb",
+# ]
+# ///
+"""TD3+BC on an offline dataset, alone or with trajectories that GTA generated.
+
+A Minimalist Approach to Offline Reinforcement Learning (Fujimoto and Gu, NeurIPS 2021). TD3 whose
+actor also imitates the data: it maximises lambda Q(s, pi(s)) - (pi(s) - a)^2 (their eq. 3 and 5).
+
+    python td3bc.py --env hopper-medium          the dataset alone
+    python td3bc.py --aug buffer.npz             the dataset and the buffer
+    python td3bc.py --aug buffer.npz --aug-only  the buffer alone
+
+Reads:  an offline dataset (--env) and a buffer of gta_augment.py (--aug)
+Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, policy.pt
+"""
+
+import copy
+import csv
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from huggingface_hub import HfApi
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str | None = None
+    """dataset: a short name (hopper-medium), a Minari id (mujoco/hopper/medium-v0), a folder that
+    holds a Minari dataset, or several of them joined by +. Default: the one that --aug was made
+    from, else data/hopper-medium-sample"""
+    aug: Path | None = None
+    """buffer.npz of generated trajectories to train on, too"""
+    aug_only: bool = False
+    """train on the buffer alone"""
+    s4rl_sigma: float = 0.0
+    """S4RL baseline: deviation of the noise on a batch's standardised states (C.1: 3e-4)"""
+    train_steps: int = 1_000_000
+    """updates (C.3)"""
+    batch_size: int = 1024
+    """transitions in a batch (C.3)"""
+    num_seeds: int = 1
+    """independent agents trained at once, with seeds --seed, --seed + 1, ..."""
+    lr: float = 3e-4
+    """learning rate of Adam, actor and critics"""
+    discount: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """share of the weights that the target networks take over in an update"""
+    alpha: float = 2.5
+    """weight of the Q-value against imitation in the actor's loss (TD3+BC, eq. 5)"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise on the target policy's action"""
+    noise_clip: float = 0.5
+    """bound of that noise"""
+    policy_freq: int = 2
+    """critic updates for one update of the actor and the targets"""
+    eval_every: int = 5_000
+    """updates between two evaluations; the last update always has one"""
+    eval_episodes: int | None = None
+    """episodes of an evaluation (C.3). Default: by domain, see BY_DOMAIN"""
+    load: Path | None = None
+    """policy.pt to start from; with --train-steps 0 it is only evaluated"""
+    runs: Path = Path("runs")
+    """folder for the run's folder"""
+    seed: int = 0
+    """seed of initial weights, batches, noise and evaluation episodes"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu"""
+    compile: bool = torch.cuda.is_available()
+    """on CUDA, record the update as a CUDA graph and replay it"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "gta"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """user or team of --track"""
+
+
+BY_DOMAIN = {  # what differs by domain; a flag overrides it
+    "locomotion": {"eval_episodes": 10},  # GTA, C.3
+    "maze2d": {"eval_episodes": 100},
+    "antmaze": {"eval_episodes": 100},
+    "adroit": {"eval_episodes": 100},
+    "kitchen": {"eval_episodes": 100},
+}
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit(f"error: {message}")
+
+
+def pick_device(name):
+    """Returns the torch device called name; says so when that is the CPU."""
+    require(
+        not name.startswith("cuda") or torch.cuda.is_available(),
+        f"--device {name}: PyTorch finds no CUDA device; use --device cpu",
+    )
+    if name == "cpu":
+        print("device: cpu (paper-size runs want a GPU)")
+    return torch.device(name)
+
+
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- dataset ---
+
+ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
+SHORT_NAMES = {  # pattern of a short name -> Minari ids
+    rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
+    rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
+    r"maze2d-((?:umaze|medium|large)(?:-dense)?)": ["D4RL/pointmaze/{}-v2"],
+    r"antmaze-(umaze|(?:umaze|medium|large)-diverse|(?:medium|large)-play)": ["D4RL/antmaze/{}-v1"],
+    r"(pen|door|hammer|relocate)-(human|cloned|expert)": ["D4RL/{}/{}-v2"],
+    r"kitchen-(complete|partial|mixed)": ["D4RL/kitchen/{}-v2"],
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+    terminals: np.ndarray  # [T] bool: the environment terminated; a truncation is no terminal
+
+
+class Dataset(NamedTuple):
+    name: str  # for people: hopper-medium
+    ids: list  # Minari ids of what was loaded
+    env_id: str  # Gymnasium id: Hopper-v5
+    episodes: list  # of Episode
+    source: minari.MinariDataset  # the first id's: its environment, spaces, reference scores
+
+
+def resolve_env(env):
+    """Returns the Minari ids and folders that --env stands for."""
+    for pattern, ids in SHORT_NAMES.items():
+        if match := re.fullmatch(pattern, env):
+            return [minari_id.format(*match.groups()) for minari_id in ids]
+    return env.split("+")
+
+
+def open_minari(source):
+    """Opens a folder, else an id from the local cache, else an id from Minari's hub."""
+    for folder in (Path(source), Path(__file__).parent / source):
+        if folder.is_dir():
+            metadata = folder / "data" / "metadata.json"
+            require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
+            return minari.MinariDataset(folder / "data")
+    require(
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
+        f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
+    )
+    try:
+        return minari.load_dataset(source)
+    except FileNotFoundError:
+        print(f"{source} is not in the local cache, asking Minari's hub")
+    try:
+        # Minari's own client retries for 23 s; this fails at once where there is no connection
+        HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
+        return minari.load_dataset(source, download=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(
+            f"error: --env {source}: not in the local cache, and the hub did not send it ({reason}"
+            "); check the id and the connection, or give a folder that holds the dataset"
+        )
+
+
+def flatten_observations(space, observations):
+    """Stacks observations [T + 1, ...], nested dictionaries too, as gymnasium's flatten does."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_observations(sub, observations[key]) for key, sub in space.items()]
+        return np.concatenate(parts, axis=1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def load_dataset(env):
+    """Loads the episodes that --env stands for and prints a line about them.
+
+    Exits with one line if there is no such dataset, or its spaces are not vectors of numbers.
+    """
+    sources = [open_minari(source) for source in resolve_env(env)]
+    episodes = []
+    for source in sources:
+        space, action_space = source.observation_space, source.action_space
+        flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
+        is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
+        require(
+            isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
+            f"--env {source.id}: observations must be vectors of real numbers, not {space}",
+        )
+        require(
+            isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
+            f"--env {source.id}: actions must be vectors of real numbers, not {action_space}",
+        )
+        for e in source.iterate_episodes():
+            observations = flatten_observations(space, e.observations)
+            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+    dims = {(e.observations.shape[1], e.actions.shape[1]) for e in episodes}
+    require(len(dims) == 1, f"--env {env}: no episodes, or their dimensions differ: {dims}")
+
+    ids = [source.id for source in sources]
+    name = env if any(re.fullmatch(pattern, env) for pattern in SHORT_NAMES) else "+".join(ids)
+    returns = np.array([e.rewards.sum() for e in episodes])
+    print(
+        f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
+        f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
+        f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    )
+    return Dataset(name, ids, sources[0].env_spec.id, episodes, sources[0])
+
+
+DOMAINS = {"antmaze": "antmaze", "maze": "maze2d", "adroit": "adroit", "kitchen": "kitchen"}
+
+
+def domain_of(env_id):
+    """Returns the domain, a key of BY_DOMAIN, of a Gymnasium id."""
+    return next((d for word, d in DOMAINS.items() if word in env_id.lower()), "locomotion")
+
+
+REFERENCE_RETURNS = {  # of a random and of an expert policy, from D4RL
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+    "pointmaze_umaze": (23.85, 161.86),
+    "pointmaze_medium": (13.13, 277.39),
+    "pointmaze_large": (6.7, 273.99),
+    "adroithandpen": (96.262799, 3076.8331),
+    "adroithanddoor": (-56.512833, 2880.5693),
+    "kitchen": (0.0, 4.0),
+}
+
+
+def reference_returns(dataset):
+    """Returns what scores 0 and what scores 100: the dataset's own references, else D4RL's."""
+    metadata = dataset.source.storage.metadata
+    if "ref_min_score" in metadata and "ref_max_score" in metadata:
+        return metadata["ref_min_score"], metadata["ref_max_score"]
+    for word, references in REFERENCE_RETURNS.items():
+        if word in dataset.env_id.lower():
+            return references
+    print(f"no reference returns for {dataset.env_id}: the scores are plain returns")
+    return 0.0, 100.0
+
+
+def read_buffer(path):
+    """Reads buffer.npz. Returns its arrays (the README lists them) and its metadata.
+
+    Exits with one line if the file is missing, damaged, of another kind or of a newer format.
+    """
+    require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            buffer = {key: file[key] for key in file.files}
+        metadata = json.loads(str(buffer.pop("metadata")))
+        kind, version = metadata["format"], metadata["format_version"]
+        N, H = buffer["rewards"].shape
+        whole = buffer["observations"].shape[:2] == (N, H + 1)
+        whole &= buffer["actions"].shape[:2] == buffer["terminals"].shape == (N, H)
+    except Exception as error:
+        sys.exit(f"error: --aug {path}: not a whole buffer ({type(error).__name__}: {error})")
+    require(kind == "gta-buffer" and whole and N > 0, f"--aug {path}: not a buffer of trajectories")
+    require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
+    return buffer, metadata
+
+
+class Scaling(NamedTuple):
+    """Affine maps between the environment's units and the learner's."""
+
+    obs_mean: np.ndarray  # [obs_dim] float32
+    obs_std: np.ndarray  # [obs_dim] float32
+    action_low: np.ndarray  # [act_dim] float32; the learner's actions span [-1, 1]
+    action_high: np.ndarray  # [act_dim] float32
+
+    def states(self, observations):
+        return ((observations - self.obs_mean) / self.obs_std).astype(np.float32)
+
+    def actions(self, actions):
+        span = self.action_high - self.action_low
+        return (2 * (actions - self.action_low) / span - 1).astype(np.float32)
+
+    def env_actions(self, actions):
+        return self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
+
+
+def load_episodes(args):
+    """Loads what --env, --aug and --aug-only ask for.
+
+    Fills in args.env. Returns the dataset, the episodes to train on (generated windows are
+    episodes, too) and the words that name the augmentation.
+    """
+    require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
+    if args.aug is None:
+        args.env = args.env or "data/hopper-medium-sample"
+        dataset = load_dataset(args.env)
+        return dataset, dataset.episodes, f"s4rl({args.s4rl_sigma})" if args.s4rl_sigma else "none"
+    buffer, metadata = read_buffer(args.aug)
+    args.env = args.env or metadata["env"]
+    dataset = load_dataset(args.env)
+    require(
+        dataset.ids == metadata["dataset_ids"],
+        f"--env {args.env} contradicts --aug {args.aug}, which was made from "
+        f"{'+'.join(metadata['dataset_ids'])}",
+    )
+    keys = ("observations", "actions", "rewards", "terminals")
+    generated = [Episode(*window) for window in zip(*(buffer[key] for key in keys))]
+    dims, own_dims = ([a.shape[1] for a in e[:2]] for e in (generated[0], dataset.episodes[0]))
+    require(
+        dims == own_dims,
+        f"--aug {args.aug}: observations and actions have {dims} dimensions, not {own_dims}",
+    )
+    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
+    aug = f"{metadata['method']}({', '.join(settings)})" + (" only" if args.aug_only else "")
+    print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
+    return dataset, generated if args.aug_only else dataset.episodes + generated, aug
+
+
+def make_scaling(episodes, action_space):
+    """Standardises states by the mean and deviation of all episodes, maps actions to [-1, 1]."""
+    states = np.concatenate([e.observations[:-1] for e in episodes])
+    bounded = np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
+    require(bounded, f"the action space must be bounded, not {action_space}")
+    return Scaling(
+        states.mean(0, dtype=np.float64).astype(np.float32),
+        (states.std(0, dtype=np.float64) + 1e-3).astype(np.float32),
+        action_space.low,
+        action_space.high,
+    )
+
+
+def pack_transitions(episodes, scaling, device):
+    """Returns all transitions s, a, r, s', terminal as the rows of one tensor on the device, so
+    that a batch is one gather. [N, 2 obs_dim + act_dim + 2]"""
+
+    s = scaling.states(np.concatenate([e.observations[:-1] for e in episodes]))
+    a = scaling.actions(np.concatenate([e.actions for e in episodes]))
+    r = np.concatenate([e.rewards for e in episodes])
+    s_next = scaling.states(np.concatenate([e.observations[1:] for e in episodes]))
+    terminal = np.concatenate([e.terminals for e in episodes])
+    packed = np.column_stack([s, a, r, s_next, terminal]).astype(np.float32)
+    return torch.from_numpy(packed).to(device)
+
+
+class Batch(NamedTuple):
+    s: torch.Tensor  # [B, obs_dim] standardised
+    a: torch.Tensor  # [B, act_dim] in [-1, 1]
+    r: torch.Tensor  # [B]
+    s_next: torch.Tensor  # [B, obs_dim]
+    terminal: torch.Tensor  # [B] 0 or 1
+
+
+def draw_batch(data, num_seeds, batch_size, obs_dim, act_dim, s4rl_sigma):
+    """Draws a batch for every agent from the packed transitions. All fields [num_seeds, B, ...]"""
+    index = torch.randint(len(data), (num_seeds, batch_size), device=data.device)
+    s, a, r, s_next, terminal = data[index].split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
+    if s4rl_sigma:
+        s = s + s4rl_sigma * torch.randn_like(s)
+        s_next = s_next + s4rl_sigma * torch.randn_like(s_next)
+    return Batch(s, a, r.squeeze(-1), s_next, terminal.squeeze(-1))
+
+
+# --- networks ---
+
+
+def mlp(*sizes):
+    """Linear layers with ReLU between them: mlp(11, 256, 256, 3)."""
+    layers = []
+    for size_in, size_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class DeterministicActor(nn.Module):
+    """pi(s). [B, obs_dim] -> [B, act_dim] in [-1, 1]"""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.net = mlp(obs_dim, 256, 256, act_dim)
+
+    def forward(self, s):
+        return torch.tanh(self.net(s))
+
+
+class TwinCritic(nn.Module):
+    """Q_1 and Q_2. s [B, obs_dim], a [B, act_dim] -> two of [B]"""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.q1 = mlp(obs_dim + act_dim, 256, 256, 1)
+        self.q2 = mlp(obs_dim + act_dim, 256, 256, 1)
+
+    def forward(self, s, a):
+        sa = torch.cat([s, a], dim=-1)
+        return self.q1(sa).squeeze(-1), self.q2(sa).squeeze(-1)
+
+
+# --- TD3+BC ---
+
+
+def critic_loss(critic, critic_target, actor_target, batch, noise, args):
+    """Clipped double Q-learning with target policy smoothing (TD3), for one agent.
+
+    noise [B, act_dim] is unit normal.
+    """
+    with torch.no_grad():
+        noise = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
+        a_next = (actor_target(batch.s_next) + noise).clamp(-1, 1)
+        q_next = torch.min(*critic_target(batch.s_next, a_next))
+        target = batch.r + args.discount * (1 - batch.terminal) * q_next
+    q1, q2 = critic(batch.s, batch.a)
+    return F.mse_loss(q1, target) + F.mse_loss(q2, target)
+
+
+def actor_loss(actor, critic, batch, args):
+    """-lambda Q_1(s, pi(s)) + (pi(s) - a)^2, lambda = alpha / mean |Q_1| (TD3+BC, eq. 3 and 5)."""
+    pi = actor(batch.s)
+    q, _ = critic(batch.s, pi)
+    lmbda = args.alpha / q.abs().mean().detach()
+    return -lmbda * q.mean() + F.mse_loss(pi, batch.a)
+
+
+class Stacked:
+    """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
+
+    Networks and losses are written for one agent; vmap over params runs them for all of them.
+    """
+
+    def __init__(self, networks, device):
+        params, _ = stack_module_state(networks)
+        self.params = {k: p.detach().to(device).requires_grad_() for k, p in params.items()}
+        self.module = copy.deepcopy(networks[0]).to("meta")  # the function without weights
+
+    def bind(self, params):
+        """Returns the network of one agent, given its weights, as a function."""
+        return lambda *inputs: functional_call(self.module, params, inputs)
+
+    def copy_params(self):
+        """Returns the weights of target networks that start where these are."""
+        return {k: p.detach().clone() for k, p in self.params.items()}
+
+
+def descend(optimizer, params, losses):
+    """Takes a step on losses [num_seeds]. Their sum gives each agent the gradient of its own."""
+    grads = torch.autograd.grad(losses.sum(), list(params.values()))
+    for p, grad in zip(params.values(), grads):
+        p.grad = grad
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target, params, tau):
+    """Moves the target's weights by the share tau towards the network's."""
+    torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
+
+
+class Agents:
+    """num_seeds agents of TD3+BC: networks, target networks, optimizers."""
+
+    def __init__(self, args, obs_dim, act_dim, device):
+        actors, critics = [], []
+        for seed in range(args.seed, args.seed + args.num_seeds):
+            torch.manual_seed(seed)
+            actors.append(DeterministicActor(obs_dim, act_dim))
+            critics.append(TwinCritic(obs_dim, act_dim))
+        self.actor, self.critic = Stacked(actors, device), Stacked(critics, device)
+        self.actor_target, self.critic_target = self.actor.copy_params(), self.critic.copy_params()
+        options = {"lr": args.lr, "fused": True, "capturable": device.type == "cuda"}
+        self.actor_optimizer = torch.optim.Adam(self.actor.params.values(), **options)
+        self.critic_optimizer = torch.optim.Adam(self.critic.params.values(), **options)
+
+    def weights(self):
+        """Returns all weights by network, for policy.pt."""
+        return {
+            "actor": self.actor.params,
+            "critic": self.critic.params,
+            "actor_target": self.actor_target,
+            "critic_target": self.critic_target,
+        }
+
+    @torch.no_grad()
+    def act(self, s):
+        """The actions to take in standardised states. [num_seeds, K, obs_dim] -> [.., act_dim]"""
+        return vmap(lambda params, s: self.actor.bind(params)(s))(self.actor.params, s)
+
+
+def update(agents, batch, noise, with_actor, args):
+    """One update of every agent, each on its own batch.
+
+    batch's fields are [num_seeds, B, ...], noise is [num_seeds, B, act_dim] unit normal. Returns
+    the losses by name, each [num_seeds].
+    """
+
+    def critic_losses(critic, critic_target, actor_target, batch, noise):
+        bind = agents.critic.bind
+        actor_target = agents.actor.bind(actor_target)
+        return critic_loss(bind(critic), bind(critic_target), actor_target, batch, noise, args)
+
+    def actor_losses(actor, critic, batch):
+        return actor_loss(agents.actor.bind(actor), agents.critic.bind(critic), batch, args)
+
+    losses = {
+        "critic_loss": vmap(critic_losses)(
+            agents.critic.params, agents.critic_target, agents.actor_target, batch, noise
+        )
+    }
+    descend(agents.critic_optimizer, agents.critic.params, losses["critic_loss"])
+    if with_actor:
+        losses["actor_loss"] = vmap(actor_losses)(agents.actor.params, agents.critic.params, batch)
+        descend(agents.actor_optimizer, agents.actor.params, losses["actor_loss"])
+        polyak(agents.critic_target, agents.critic.params, args.tau)
+        polyak(agents.actor_target, agents.actor.params, args.tau)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def record_graph(function):
+    """Records what function() does on the GPU; returns a function that does it in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+# --- evaluation ---
+
+
+def make_env(dataset):
+    """Makes the dataset's own evaluation environment, its observations flattened."""
+    try:
+        env = dataset.source.recover_environment(eval_env=True)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {dataset.env_id} needs the package {error.name}; pip install it")
+    return gym.wrappers.FlattenObservation(env)
+
+
+def evaluate(agents, envs, scaling, args, device):
+    """Runs --eval-episodes whole episodes of every agent. Returns their mean returns [num_seeds].
+
+    envs is a list of num_seeds * K environments, which step side by side. Episode e of an agent
+    starts from the same state in every evaluation.
+    """
+    num_parallel = len(envs) // args.num_seeds
+    returns = np.zeros(args.num_seeds)
+    for first in range(0, args.eval_episodes, num_parallel):
+        num_episodes = min(num_parallel, args.eval_episodes - first)
+        alive = [(agent, k) for agent in range(args.num_seeds) for k in range(num_episodes)]
+        states = np.zeros((args.num_seeds, num_parallel, len(scaling.obs_mean)))
+        for agent, k in alive:
+            seed = 1000 * (args.seed + agent) + first + k
+            states[agent, k], _ = envs[agent * num_parallel + k].reset(seed=seed)
+        while alive:
+            actions = agents.act(torch.from_numpy(scaling.states(states)).to(device))
+            actions = scaling.env_actions(actions.cpu().numpy())
+            still_alive = []
+            for agent, k in alive:
+                env = envs[agent * num_parallel + k]
+                states[agent, k], reward, terminated, truncated, _ = env.step(actions[agent, k])
+                returns[agent] += reward
+                if not (terminated or truncated):
+                    still_alive.append((agent, k))
+            alive = still_alive
+    return returns / args.eval_episodes
+
+
+# --- run ---
+
+
+def load_policy(path, script):
+    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
+    require(path.is_file(), f"--load {path}: no such file")
+    try:
+        policy = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(f"error: --load {path}: not a whole policy file ({reason})")
+    require(kind == "gta-policy", f"--load {path}: a {kind} file, not a policy")
+    require(version == 1, f"--load {path}: format version {version}; this program reads version 1")
+    require(algorithm == script, f"--load {path}: a policy of {algorithm}.py, not of {script}.py")
+    return policy
+
+
+def main(args):
+    script = Path(__file__).stem
+    require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be positive")
+    require(args.num_seeds > 0, f"--num-seeds {args.num_seeds}: must be positive")
+    require(args.eval_every > 0, f"--eval-every {args.eval_every}: must be positive")
+    require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
+    require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
+    device = pick_device(args.device)
+
+    policy = load_policy(args.load, script) if args.load else None
+    if policy:
+        args.num_seeds = policy["num_seeds"]
+        args.env = args.env or (policy["env"] if args.aug is None else None)
+    dataset, episodes, aug = load_episodes(args)
+    for key, value in BY_DOMAIN[domain_of(dataset.env_id)].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    require(args.eval_episodes > 0, f"--eval-episodes {args.eval_episodes}: must be positive")
+    scaling = make_scaling(episodes, dataset.source.action_space)
+    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
+
+    agents = Agents(args, obs_dim, act_dim, device)
+    if policy:
+        require(policy["env_id"] == dataset.env_id, f"--load: a policy for {policy['env_id']}")
+        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        aug = policy["aug"] if args.train_steps == 0 else aug
+        with torch.no_grad():
+            for name, params in agents.weights().items():
+                for key, p in params.items():
+                    p.copy_(policy["weights"][name][key])
+    data = pack_transitions(episodes, scaling, device)
+    torch.manual_seed(args.seed)
+
+    result = f"{script}{'' if aug == 'none' else ' + ' + aug}"
+    label = f"{script}-{dataset.name}-{aug}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = args.runs / re.sub(r"[^\w.+-]+", "_", label)
+    run.mkdir(parents=True)
+    score_0, score_100 = reference_returns(dataset)
+    config = {
+        "script": script,
+        **plain_args(args),
+        "aug_label": aug,
+        "dataset": dataset.name,
+        "dataset_ids": dataset.ids,
+        "env_id": dataset.env_id,
+        "reference_returns": [score_0, score_100],
+        "transitions": len(data),
+    }
+    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with open(run / "evals.csv", "w", newline="") as file:
+        csv.writer(file).writerow(["update", "seed", "return", "score"])
+    if args.track:
+        import wandb
+
+        entity = args.wandb_entity
+        wandb.init(project=args.wandb_project, entity=entity, name=run.name, config=config)
+
+    num_parallel = min(args.eval_episodes, 10)
+    envs = [make_env(dataset) for _ in range(args.num_seeds * num_parallel)]
+
+    losses = {}
+
+    def evaluate_and_save(step):
+        """Evaluates all agents, appends to evals.csv, writes policy.pt. Returns the scores."""
+        returns = evaluate(agents, envs, scaling, args, device)
+        scores = 100 * (returns - score_0) / (score_100 - score_0)
+        with open(run / "evals.csv", "a", newline="") as file:
+            for seed, (value, score) in enumerate(zip(returns, scores), start=args.seed):
+                csv.writer(file).writerow([step, seed, f"{value:.4f}", f"{score:.4f}"])
+        policy = {
+            "format": "gta-policy",
+            "format_version": 1,
+            "algorithm": script,
+            "args": plain_args(args),
+            "env": args.env,
+            "env_id": dataset.env_id,
+            "aug": aug,
+            "num_seeds": args.num_seeds,
+            "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+            "weights": agents.weights(),
+            "update": step,
+        }
+        write_atomically(run / "policy.pt", lambda file: torch.save(policy, file))
+        if args.track:
+            log = {name: loss.mean().item() for name, loss in losses.items()}
+            wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
+        return scores
+
+    def train_step(with_actor):
+        batch = draw_batch(data, args.num_seeds, args.batch_size, obs_dim, act_dim, args.s4rl_sigma)
+        return update(agents, batch, torch.randn_like(batch.a), with_actor, args)
+
+    steps = {flag: partial(train_step, flag) for flag in (False, True)}
+    progress = tqdm(range(1, args.train_steps + 1), unit="update")
+    try:
+        for step in progress:
+            if args.compile and device.type == "cuda" and step == 11:  # after an eager warm-up
+                steps = {flag: record_graph(train) for flag, train in steps.items()}
+            losses.update(steps[step % args.policy_freq == 0]())
+            if step % args.eval_every == 0 or step == args.train_steps:
+                scores = evaluate_and_save(step)
+                progress.set_postfix(score=f"{scores.mean():.1f}")
+        if args.train_steps == 0:
+            scores = evaluate_and_save(0)
+    except KeyboardInterrupt:
+        progress.close()
+        sys.exit(f"interrupted; {run} holds everything up to the last evaluation")
+    print(f"wrote {run}")
+    print(
+        f"{dataset.name} | {result} | {scores.mean():.1f} +- {scores.std():.1f} over "
+        f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
