@@ -5,6 +5,7 @@
 #     "numpy",
 #     "gymnasium[mujoco]",
 #     "minari[hdf5,hf]",
+#     "huggingface_hub",
 #     "tyro",
 #     "tqdm",
 #     "wandb",

@@ -5,6 +5,7 @@
 #     "numpy",
 #     "gymnasium[mujoco]",
 #     "minari[hdf5,hf]",
+#     "huggingface_hub",
 #     "tyro",
 #     "tqdm",
 #     "wandb",
@@ -483,9 +484,9 @@ class Stacked:
 
 def descend(optimizer, params, losses):
     """Takes a step on losses [num_seeds]. Their sum gives each agent the gradient of its own."""
-    grads = torch.autograd.grad(losses.sum(), list(params.values()))
-    for p, grad in zip(params.values(), grads):
-        p.grad = grad
+    optimizer.zero_grad()
+    # backward lays gradients out like the weights, as the fused optimizer reads them; grad does not
+    losses.sum().backward(inputs=list(params.values()))
     optimizer.step()
 
 

@@ -1,0 +1,223 @@
+"""Stage A: windows, network, EDM training, checkpoints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLE
+from plain_unet import plain_unet
+
+import gta_diffusion as A
+
+
+def cut(dataset, lengths, env_id="Hopper-v5"):
+    """The last lengths[i] transitions of episode i, so that its terminal is kept."""
+    episodes = [
+        A.Episode(e.observations[-n - 1 :], e.actions[-n:], e.rewards[-n:], e.terminals[-n:])
+        for e, n in zip(dataset.episodes, lengths)
+    ]
+    return dataset._replace(episodes=episodes, env_id=env_id)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "PointMaze_UMaze-v3"])
+@pytest.mark.parametrize("horizon", [1, 7, 31])
+def test_windows_match_a_brute_force_slice(dataset, env_id, horizon, capsys):
+    few = cut(dataset, [31, 12, 45, 30, 7], env_id)
+    terminated = [e.terminals.any() for e in few.episodes]
+    assert any(terminated)
+    windows = A.make_windows(few, horizon, gamma=0.9, terminal_penalty=100.0)
+    rows = (torch.tensor(windows.rows) - torch.tensor(windows.mean)) / torch.tensor(windows.std)
+    x = A.gather_windows(rows, torch.tensor(windows.start), horizon, 11).numpy()
+
+    s, a, r = (
+        np.concatenate([getattr(e, k) if k != "observations" else e.observations[:-1] for e in
+                        few.episodes])
+        for k in ("observations", "actions", "rewards")
+    )  # fmt: skip
+    moments = np.column_stack([s, a, r])
+    mean, std = moments.mean(0), moments.std(0, ddof=1) + 1e-5
+    w, short = 0, 0
+    for i, e in enumerate(few.episodes):
+        T = len(e.rewards)
+        short += T < horizon
+        penalty = 0 if "Maze" in env_id else 100
+        for t in range(T - horizon + 1):
+            expected = np.zeros((horizon + 1, 15))
+            for h in range(horizon + 1):
+                expected[h, :11] = (e.observations[t + h] - mean[:11]) / std[:11]
+                if h < horizon:
+                    reward = e.rewards[t + h] - penalty * e.terminals[t + h]
+                    cells = np.append(e.actions[t + h], reward)
+                    expected[h, 11:] = (cells - mean[11:]) / std[11:]
+            np.testing.assert_allclose(x[w], expected, atol=1e-4)
+            y = sum(0.9 ** (k - t) * (e.rewards[k] - penalty * e.terminals[k]) for k in range(t, T))
+            assert windows.y[w] == pytest.approx(y, rel=1e-5)
+            assert windows.return_to_go[w] == pytest.approx(e.rewards[t:].sum(), rel=1e-5)
+            assert (windows.episode[w], windows.timestep[w]) == (i, t)
+            steps = windows.start[w] + np.arange(horizon)
+            assert (windows.terminals[steps] == e.terminals[t : t + horizon]).all()
+            w += 1
+    assert w == len(windows.start)
+    assert f"{short} episodes left out" in capsys.readouterr().out
+
+
+def test_horizon_longer_than_every_episode_is_an_error(dataset):
+    with pytest.raises(SystemExit, match="--horizon 63: no episode"):
+        A.make_windows(cut(dataset, [31, 12]), 63, 0.99, 100.0)
+
+
+@pytest.mark.parametrize("dims, millions", [(24, 29.6), (15, 18.7)])
+def test_network_has_the_papers_size(dims, millions):
+    net = A.MixerUNet(32, dims, 16)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("num_rows", [2, 16, 32, 128])
+def test_network_is_the_plain_one(num_rows):
+    torch.manual_seed(0)
+    net = A.MixerUNet(num_rows, 15, 8)
+    for p in net.parameters():  # norms start as identities: make every weight count
+        p.data += 0.1 * torch.randn_like(p)
+    x, c_noise, y = torch.randn(3, num_rows, 15), torch.randn(3), torch.randn(3)
+    out = net(x, c_noise, y, torch.ones(3))
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, plain_unet(net, x, c_noise, y), atol=2e-4, rtol=2e-4)
+
+
+def test_dropped_condition_is_no_condition():
+    torch.manual_seed(0)
+    net = A.MixerUNet(8, 15, 8)
+    x, c_noise, y = torch.randn(4, 8, 15), torch.randn(4), torch.randn(4)
+    keep = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    out, close = net(x, c_noise, y, keep), {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(out[1::2], plain_unet(net, x, c_noise, None)[1::2], **close)
+    torch.testing.assert_close(out[::2], plain_unet(net, x, c_noise, y)[::2], **close)
+    assert (out[::2] - net(x, c_noise, y, torch.zeros(4))[::2]).abs().max() > 1e-3
+
+
+def test_preconditioning_is_edms():
+    torch.manual_seed(0)
+    denoiser = A.Denoiser(7, 11, 3, 8, sigma_data=0.5)
+    x, y, keep = torch.randn(3, 8, 15), torch.randn(3), torch.ones(3)
+    x[:, -1, 11:] = 0
+    sigma = torch.tensor([0.01, 1.0, 60.0])
+    D = denoiser(x, sigma, y, keep)
+    for i, s in enumerate(sigma.tolist()):
+        d = 0.5
+        c_skip, c_out = d**2 / (s**2 + d**2), s * d / math.sqrt(d**2 + s**2)
+        c_in, c_noise = 1 / math.sqrt(s**2 + d**2), math.log(s) / 4
+        F = denoiser.net(c_in * x[i : i + 1], torch.tensor([c_noise]), y[i : i + 1], keep[:1])
+        expected = c_skip * x[i] + c_out * F[0]
+        expected[-1, 11:] = 0
+        torch.testing.assert_close(D[i], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_empty_cells_neither_matter_nor_come_out():
+    torch.manual_seed(0)
+    denoiser = A.Denoiser(7, 11, 3, 8)
+    x, sigma, y, keep = torch.randn(2, 8, 15), torch.ones(2), torch.ones(2), torch.ones(2)
+    D = denoiser(x, sigma, y, keep)
+    x[:, -1, 11:] = 1e3
+    assert (denoiser(x, sigma, y, keep) == D).all()
+    assert (D[:, -1, 11:] == 0).all()
+    assert (D[:, :-1] != 0).all() and (D[:, -1, :11] != 0).all()
+
+
+def test_loss_is_edms():
+    torch.manual_seed(0)
+    denoiser = A.Denoiser(7, 11, 3, 8, sigma_data=0.7)
+    x, y, noise = torch.randn(4, 8, 15), torch.randn(4), torch.randn(4, 8, 15)
+    x[:, -1, 11:] = 0
+    keep, sigma = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0.02, 0.5, 2.0, 40.0])
+    D = denoiser(x + sigma[:, None, None] * noise, sigma, y, keep)
+    expected = 0.0
+    for i, s in enumerate(sigma.tolist()):
+        weight = (s**2 + 0.7**2) / (s * 0.7) ** 2
+        expected += weight * ((D[i] - x[i]) ** 2).mean().item() / 4
+    loss = A.edm_loss(denoiser, x, y, keep, sigma, noise).item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_ema_against_a_loop():
+    model, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    averaged = ema.weight.detach().clone()
+    for step in (10, 20, 5000):
+        A.update_ema(ema, model, step, decay=0.995)
+        decay = min(0.995, 1 - step ** (-2 / 3))
+        averaged = decay * averaged + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.weight.detach(), averaged)
+
+
+def test_training_halves_the_loss(dataset):
+    torch.manual_seed(0)
+    windows = A.make_windows(dataset, 15, 0.99, 100.0)
+    rows = (torch.tensor(windows.rows) - torch.tensor(windows.mean)) / torch.tensor(windows.std)
+    start, y = torch.tensor(windows.start), torch.tensor(windows.y) * 0.01
+    denoiser = A.Denoiser(15, 11, 3, 8)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), 1e-3, fused=True)
+    losses = []
+    for _ in range(120):
+        index = torch.randint(len(start), (32,))
+        x = A.gather_windows(rows, start[index], 15, 11).clamp(-10, 10)  # without the -100 rewards
+        sigma = torch.exp(-1.2 + 1.2 * torch.randn(32))
+        keep = (torch.rand(32) > 0.25).float()
+        loss = A.edm_loss(denoiser, x, y[index], keep, sigma, torch.randn_like(x))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:10])
+
+
+def make_args(folder, **changes):
+    return A.Args(
+        env=str(SAMPLE),
+        out=folder / "diffusion.pt",
+        horizon=7,
+        dim=8,
+        batch_size=8,
+        train_steps=12,
+        save_every=5,
+        device="cpu",
+        compile=False,
+        **changes,
+    )
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    A.main(make_args(tmp_path / "whole"))
+
+    class StopAtStep7(A.tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step == 7:
+                    raise KeyboardInterrupt
+                yield step
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        patch.setattr(A, "tqdm", StopAtStep7)
+        A.main(make_args(tmp_path / "stopped"))
+    assert A.load_checkpoint(tmp_path / "stopped" / "diffusion.pt")["step"] == 5
+    A.main(make_args(tmp_path / "stopped", resume=True))
+
+    whole, stopped = (
+        A.load_checkpoint(tmp_path / name / "diffusion.pt") for name in ("whole", "stopped")
+    )
+    assert whole["step"] == stopped["step"] == 12
+    for part in ("model", "ema"):
+        for key, tensor in whole[part].items():
+            assert torch.equal(tensor, stopped[part][key]), (part, key)
+    assert whole["scheduler"] == stopped["scheduler"]
+    assert whole["scheduler"]["T_0"] == 12 // 10  # restarts every tenth of the run
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_resume_with_other_settings_is_an_error(tmp_path):
+    A.main(make_args(tmp_path))
+    before = (tmp_path / "diffusion.pt").read_bytes()
+    with pytest.raises(SystemExit, match="trained with lr = 0.0003, not 0.1"):
+        A.main(make_args(tmp_path, resume=True, lr=0.1))
+    assert (tmp_path / "diffusion.pt").read_bytes() == before

@@ -1,0 +1,308 @@
+"""Stage C, TD3+BC: the update, the rooms that the learners share, the files of a run."""
+
+import csv
+import json
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SAMPLE, TINY_C, run
+from torch import nn
+
+import td3bc as C
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def float64():
+    """Adam divides by the gradient's size: in float32 a gradient near zero is mostly rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_args(**changes):
+    return C.Args(device="cpu", compile=False, eval_episodes=2, **changes)
+
+
+def random_batch(num_seeds, B, generator):
+    draw = lambda *shape: torch.randn(num_seeds, B, *shape, generator=generator)  # noqa: E731
+    terminal = (torch.rand(num_seeds, B, generator=generator) < 0.3).to(torch.get_default_dtype())
+    return C.Batch(draw(11), draw(3).clamp(-1, 1), draw(), draw(11), terminal), draw(3)
+
+
+class PlainTD3BC:
+    """One agent, one update after the other, as the two papers write it down."""
+
+    def __init__(self, agents, i, lr):
+        self.nets = {}
+        for name, params in agents.weights().items():
+            stacks = {}
+            for key, p in params.items():
+                net, layer, kind = key.split(".")
+                stacks.setdefault(net, {})[(int(layer), kind)] = nn.Parameter(p[i].detach().clone())
+            self.nets[name] = stacks
+        actor = list(self.nets["actor"]["net"].values())
+        self.actor_optimizer = torch.optim.Adam(actor, lr)
+        critics = [p for q in ("q1", "q2") for p in self.nets["critic"][q].values()]
+        self.critic_optimizer = torch.optim.Adam(critics, lr)
+
+    def forward(self, net, x):
+        for layer in (0, 2, 4):
+            x = x @ net[layer, "weight"].T + net[layer, "bias"]
+            x = x.relu() if layer < 4 else x
+        return x
+
+    def pi(self, name, s):
+        return torch.tanh(self.forward(self.nets[name]["net"], s))
+
+    def q(self, name, which, s, a):
+        return self.forward(self.nets[name][which], torch.cat([s, a], 1))[:, 0]
+
+    def update(self, s, a, r, s_next, terminal, noise, with_actor):
+        with torch.no_grad():
+            epsilon = (0.2 * noise).clamp(-0.5, 0.5)
+            a_next = (self.pi("actor_target", s_next) + epsilon).clamp(-1, 1)
+            q_next = [self.q("critic_target", k, s_next, a_next) for k in ("q1", "q2")]
+            y = r + 0.99 * (1 - terminal) * torch.minimum(*q_next)
+        critic_loss = sum(((self.q("critic", k, s, a) - y) ** 2).mean() for k in ("q1", "q2"))
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
+        if not with_actor:
+            return critic_loss.item(), None
+        pi = self.pi("actor", s)
+        q = self.q("critic", "q1", s, pi)
+        lmbda = 2.5 / q.abs().mean().item()
+        actor_loss = -lmbda * q.mean() + F.mse_loss(pi, a)
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward()
+        self.actor_optimizer.step()
+        for name in ("actor", "critic"):
+            for net in self.nets[name]:
+                for key, p in self.nets[name][net].items():
+                    target = self.nets[name + "_target"][net][key]
+                    target.data = 0.995 * target.data + 0.005 * p.data
+        return critic_loss.item(), actor_loss.item()
+
+
+def test_update_is_the_papers_for_every_agent(float64):
+    """Three agents at once against three plain single agents: losses and every weight."""
+    args = make_args(num_seeds=3, seed=5)
+    agents = C.Agents(args, 11, 3, CPU)
+    plain = [PlainTD3BC(agents, i, args.lr) for i in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 5):
+        batch, noise = random_batch(3, 64, generator)
+        losses = C.update(agents, batch, noise, step % 2 == 0, args)
+        for i, agent in enumerate(plain):
+            expected = agent.update(*(field[i] for field in batch), noise[i], step % 2 == 0)
+            assert losses["critic_loss"][i].item() == pytest.approx(expected[0], rel=1e-9)
+            if step % 2 == 0:
+                assert losses["actor_loss"][i].item() == pytest.approx(expected[1], rel=1e-9)
+            else:
+                assert "actor_loss" not in losses
+    for name, params in agents.weights().items():
+        for key, p in params.items():
+            net, layer, kind = key.split(".")
+            for i, agent in enumerate(plain):
+                own = agent.nets[name][net][int(layer), kind]
+                torch.testing.assert_close(p[i].detach(), own.detach(), atol=1e-9, rtol=0)
+
+
+def test_three_seeds_equal_three_single_agents(float64):
+    args = make_args(num_seeds=3, seed=7)
+    together = C.Agents(args, 11, 3, CPU)
+    alone = [C.Agents(make_args(num_seeds=1, seed=7 + i), 11, 3, CPU) for i in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 7):
+        batch, noise = random_batch(3, 32, generator)
+        C.update(together, batch, noise, step % 2 == 0, args)
+        for i, agent in enumerate(alone):
+            own = C.Batch(*(field[i : i + 1] for field in batch))
+            C.update(agent, own, noise[i : i + 1], step % 2 == 0, args)
+    for name, params in together.weights().items():
+        for key, p in params.items():
+            for i, agent in enumerate(alone):
+                torch.testing.assert_close(p[i], agent.weights()[name][key][0], atol=1e-9, rtol=0)
+    first = together.actor.params["net.0.weight"]
+    assert (first[0] - first[1]).abs().max() > 0.01
+
+
+def test_transitions_hold_what_the_episodes_hold(dataset):
+    episodes = [C.Episode(*e) for e in dataset.episodes[:3]]
+    scaling = C.make_scaling(episodes, gym.spaces.Box(-2.0, np.array([1.0, 2.0, 6.0], np.float32)))
+    data = C.pack_transitions(episodes, scaling, CPU).numpy()
+    states = np.concatenate([e.observations[:-1] for e in episodes])
+    mean, std = states.mean(0), states.std(0) + 1e-3
+    n = 0
+    for e in episodes:
+        for t in range(len(e.rewards)):
+            a = (e.actions[t] + 2) / (np.array([1.0, 2.0, 6.0]) + 2) * 2 - 1
+            expected = np.concatenate(
+                [
+                    (e.observations[t] - mean) / std,
+                    a,
+                    [e.rewards[t]],
+                    (e.observations[t + 1] - mean) / std,
+                    [e.terminals[t]],
+                ]
+            )
+            np.testing.assert_allclose(data[n], expected, atol=2e-4)
+            n += 1
+    assert n == len(data)
+    np.testing.assert_allclose(
+        scaling.env_actions(scaling.actions(episodes[0].actions)), episodes[0].actions, atol=1e-6
+    )
+
+
+def test_batches_are_rows_of_the_data_and_s4rl_only_moves_states():
+    torch.manual_seed(0)
+    data = torch.arange(50.0)[:, None] + torch.arange(27.0) / 100  # a row tells where it came from
+    batch = C.draw_batch(data, 2, 400, 11, 3, s4rl_sigma=0.0)
+    index = batch.s[..., 0].round().long()
+    packed = torch.cat([batch.s, batch.a, batch.r[..., None], batch.s_next], dim=-1)
+    torch.testing.assert_close(packed, data[index][..., :26])
+    torch.testing.assert_close(batch.terminal, data[index][..., 26])
+    assert (index[0] != index[1]).any() and len(index.unique()) == 50
+
+    torch.manual_seed(0)
+    noisy = C.draw_batch(data, 2, 400, 11, 3, s4rl_sigma=0.1)
+    for field in ("a", "r", "terminal"):
+        assert torch.equal(getattr(noisy, field), getattr(batch, field))
+    for field in ("s", "s_next"):
+        noise = getattr(noisy, field) - getattr(batch, field)
+        assert noise.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_evaluation_is_the_environments_return(dataset):
+    """Against a plain loop over one environment after the other."""
+    args = make_args(num_seeds=2, seed=3)
+    agents = C.Agents(args, 11, 3, CPU)
+    scaling = C.make_scaling(dataset.episodes, dataset.source.action_space)
+    returns = C.evaluate(agents, [C.make_env(dataset) for _ in range(4)], scaling, args, CPU)
+    split = C.evaluate(agents, [C.make_env(dataset) for _ in range(2)], scaling, args, CPU)
+    expected = np.zeros(2)
+    for agent in range(2):
+        for episode in range(2):
+            env = gym.make("Hopper-v5")
+            state, _ = env.reset(seed=1000 * (3 + agent) + episode)
+            done = False
+            while not done:
+                s = torch.tensor((state - scaling.obs_mean) / scaling.obs_std).float()
+                for layer in (0, 2, 4):
+                    weight, bias = (
+                        agents.actor.params[f"net.{layer}.{kind}"][agent].detach()
+                        for kind in ("weight", "bias")
+                    )
+                    s = weight @ s + bias
+                    s = torch.relu(s) if layer < 4 else torch.tanh(s)
+                state, reward, terminated, truncated, _ = env.step(s.numpy())
+                expected[agent] += reward / 2
+                done = terminated or truncated
+    np.testing.assert_allclose(returns, expected, rtol=1e-3)
+    np.testing.assert_allclose(split, expected, rtol=1e-3)
+
+
+def test_reference_returns(dataset):
+    assert C.reference_returns(dataset) == (-20.272305, 3234.3)
+    assert C.REFERENCE_RETURNS["hopper"] == (-20.272305, 3234.3)
+    ids = ["Hopper-v5", "AntMaze_UMaze-v5", "PointMaze_Medium-v3", "AdroitHandPen-v1"]
+    ids += ["FrankaKitchen-v1"]
+    domains = ["locomotion", "antmaze", "maze2d", "adroit", "kitchen"]
+    assert [C.domain_of(env_id) for env_id in ids] == domains
+    assert set(C.BY_DOMAIN) == set(domains)
+
+
+def read_run(folder, pattern):
+    """The only run whose folder matches pattern: its config and the rows of its evals.csv."""
+    (path,) = (p for p in (folder / "runs").iterdir() if re.fullmatch(pattern, p.name))
+    with open(path / "evals.csv") as file:
+        rows = list(csv.DictReader(file))
+    return path, json.loads((path / "config.json").read_text()), rows
+
+
+def test_files_of_a_run(pipeline):
+    folder, outputs = pipeline
+    name = r"td3bc-hopper-medium-sample-v0-{}-0-\d{{8}}-\d{{6}}"
+    path, config, rows = read_run(folder, name.format("gta_mu_0.5_alpha_1.3_"))
+    assert [(row["update"], row["seed"]) for row in rows] == [
+        ("4", "0"), ("4", "1"), ("6", "0"), ("6", "1")
+    ]  # fmt: skip
+    assert list(rows[0]) == ["update", "seed", "return", "score"]
+    for row in rows:
+        score = 100 * (float(row["return"]) + 20.272305) / (3234.3 + 20.272305)
+        assert float(row["score"]) == pytest.approx(score, abs=1e-3)
+    scores = [float(row["score"]) for row in rows[-2:]]
+    last_line = outputs["C aug"].splitlines()[-1]
+    assert last_line == (
+        "hopper-medium-sample-v0 | td3bc + gta(mu 0.5, alpha 1.3) | "
+        f"{np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 seeds"
+    )
+    assert config["transitions"] == 40249 + 280 and config["num_seeds"] == 2
+
+    _, config, _ = read_run(folder, name.format("gta_mu_0.5_alpha_1.3_only"))
+    assert config["transitions"] == 280
+    path, config, _ = read_run(folder, name.format("none"))
+    assert config["transitions"] == 40249
+    assert " | td3bc | " in outputs["C"].splitlines()[-1]
+
+
+def test_policy_loads_without_pickle_and_scores_the_same(pipeline):
+    folder, _ = pipeline
+    path, _, rows = read_run(folder, r"td3bc-hopper-medium-sample-v0-gta_mu_0.5_alpha_1.3_-.*")
+    policy = torch.load(path / "policy.pt", weights_only=True)
+    assert policy["algorithm"] == "td3bc" and policy["update"] == 6
+    flags = ["--load", path / "policy.pt", "--train-steps", 0, "--eval-episodes", 2]
+    output = run(ROOT / "td3bc.py", *flags, cwd=folder).stdout
+    scores = [float(row["score"]) for row in rows[-2:]]
+    result = f"{np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 seeds"
+    assert output.splitlines()[-1].endswith(f"td3bc + gta(mu 0.5, alpha 1.3) | {result}")
+
+
+def test_learns_on_the_bundled_dataset(tmp_path):
+    """Far above the random policy, whose score is 0, in a few seconds."""
+    flags = ["--train-steps", 1500, "--batch-size", 128, "--eval-every", 1500]
+    output = run(ROOT / "td3bc.py", *flags, "--runs", tmp_path / "runs").stdout
+    assert float(output.splitlines()[-1].split("|")[2].split()[0]) > 15
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "not a whole buffer"),
+        (lambda path: path.write_bytes(b"no npz"), "not a whole buffer"),
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: np.savez(path, metadata="{}"), "not a whole buffer"),
+        (lambda path: edit(path, format="other"), "not a buffer of trajectories"),
+        (lambda path: edit(path, format_version=2), "format version 2"),
+        (lambda path: edit(path, dataset_ids=["pen"]), "contradicts"),
+    ],
+)
+def test_a_bad_buffer_is_one_line(pipeline, tmp_path, damage, message):
+    path = tmp_path / "buffer.npz"
+    path.write_bytes((pipeline[0] / "buffer.npz").read_bytes())
+    damage(path)
+    with pytest.raises(SystemExit, match=message) as error:
+        C.load_episodes(make_args(aug=path))
+    assert "\n" not in str(error.value)
+
+
+def edit(path, **changes):
+    """Rewrites a buffer with other metadata."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    metadata = {**json.loads(str(arrays.pop("metadata"))), **changes}
+    np.savez(path, metadata=json.dumps(metadata), **arrays)
+
+
+def test_env_that_contradicts_the_buffer_is_an_error(pipeline, tmp_path):
+    flags = ["--env", "mujoco/pusher/none-v0", "--aug", pipeline[0] / "buffer.npz"]
+    result = run(ROOT / "td3bc.py", *TINY_C, *flags, cwd=tmp_path, code=1)
+    assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()
+    same = ["--env", SAMPLE, "--aug", pipeline[0] / "buffer.npz"]
+    run(ROOT / "td3bc.py", *TINY_C, *same, cwd=tmp_path)
