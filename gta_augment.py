@@ -608,21 +608,23 @@ def save_buffer(path, buffer, metadata):
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
+def correlation(x, y):
+    """Pearson's correlation; NaN if one of the two does not vary. [N], [N] -> float"""
+    varies = np.ptp(x) > 0 and np.ptp(y) > 0
+    return float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
+
+
 def summarise(buffer, source_rewards):
-    """Returns what a user wants to know of the generated data at once, as numbers.
+    """Returns what a user wants to know of the generated data at once. source_rewards [N, H]
 
     Mean rewards leave terminal transitions out, whose rewards hold the penalty.
     """
     alive = ~buffer["terminals"]
-    generated_return = buffer["rewards"].sum(1)
-    constant = np.ptp(buffer["condition"]) == 0 or np.ptp(generated_return) == 0
     return {
-        "subtrajectories": len(alive),
         "source_reward": float(source_rewards[alive].mean(dtype=np.float64)),
         "generated_reward": float(buffer["rewards"][alive].mean(dtype=np.float64)),
-        "correlation": float("nan")
-        if constant
-        else float(np.corrcoef(buffer["condition"], generated_return)[0, 1]),
+        "source_correlation": correlation(buffer["condition"], source_rewards.sum(1)),
+        "generated_correlation": correlation(buffer["condition"], buffer["rewards"].sum(1)),
     }
 
 
@@ -730,13 +732,14 @@ def main(args):
     save_buffer(args.out, buffer, metadata)
 
     summary = summarise(buffer, windows.rows[steps, -1])
-    size = args.out.stat().st_size / 1e6
+    size, minutes = args.out.stat().st_size / 1e6, (time.time() - started) / 60
     print(
-        f"wrote {args.out} ({size:.1f} MB, {(time.time() - started) / 60:.1f} min): "
-        f"{summary['subtrajectories']} subtrajectories, {num_sources * horizon} transitions\n"
+        f"wrote {args.out} ({size:.1f} MB, {minutes:.1f} min): {num_sources} subtrajectories, "
+        f"{num_sources * horizon} transitions\n"
         f"mean reward: sources {summary['source_reward']:.3f}, generated "
         f"{summary['generated_reward']:.3f} (terminal transitions left out)\n"
-        f"correlation of condition and generated return: {summary['correlation']:.3f}"
+        "correlation of the condition with a subtrajectory's return: sources "
+        f"{summary['source_correlation']:.3f}, generated {summary['generated_correlation']:.3f}"
     )
     if args.track:
         import wandb

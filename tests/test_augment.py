@@ -265,7 +265,9 @@ def test_summary():
     summary = B.summarise(buffer, np.array([[0.0, 1.0], [2.0, -99.0]]))
     assert summary["generated_reward"] == pytest.approx(2.0)
     assert summary["source_reward"] == pytest.approx(1.0)
-    assert summary["correlation"] == pytest.approx(1.0)
+    assert summary["generated_correlation"] == pytest.approx(1.0)
+    assert summary["source_correlation"] == pytest.approx(1.0)
+    assert np.isnan(B.correlation(np.ones(3), np.arange(3)))
 
 
 def test_same_seed_same_buffer(pipeline, tmp_path):
