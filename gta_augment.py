@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch",
 #     "numpy",
@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from huggingface_hub import HfApi
+from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
 from tqdm import tqdm
 
@@ -95,8 +96,9 @@ class Args:
     """seed of sources and noise"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, cuda:1, cpu"""
-    compile: bool = torch.cuda.is_available()
-    """compile the denoiser with torch.compile; on a CPU this takes minutes and gains nothing"""
+    compile: bool | None = None
+    """compile the denoiser with torch.compile. Default: on CUDA; on a CPU it takes minutes and
+    gains nothing"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "gta"
@@ -111,20 +113,38 @@ def require(condition, message):
         sys.exit(f"error: {message}")
 
 
+def require_positive(args, *names):
+    """Ends the program with one line unless all named arguments are positive."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
 def pick_device(name):
-    """Returns the torch device called name; says so when that is the CPU."""
-    require(
-        not name.startswith("cuda") or torch.cuda.is_available(),
-        f"--device {name}: PyTorch finds no CUDA device; use --device cpu",
-    )
-    if name == "cpu":
-        print("device: cpu (paper-size runs want a GPU)")
-    return torch.device(name)
+    """Returns the torch device called name, made the current one; says so when it is the CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
+        require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # same seed, same result
+    else:
+        print(f"device: {device} (paper-size runs want a GPU)")
+    return device
 
 
 def plain_args(args):
     """Returns the arguments as a dictionary of plain Python values."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def first_line(error):
+    """Returns what an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write_atomically(path, write):
@@ -168,38 +188,42 @@ class Dataset(NamedTuple):
 
 def resolve_env(env):
     """Returns the Minari ids and folders that --env stands for."""
-    for pattern, ids in SHORT_NAMES.items():
-        if match := re.fullmatch(pattern, env):
-            return [minari_id.format(*match.groups()) for minari_id in ids]
-    return env.split("+")
+    sources = []
+    for part in env.split("+"):
+        matches = ((re.fullmatch(pattern, part), ids) for pattern, ids in SHORT_NAMES.items())
+        found = [[i.format(*match.groups()) for i in ids] for match, ids in matches if match]
+        sources += found[0] if found else [part]
+    return sources
 
 
-def open_minari(source):
-    """Opens a folder, else an id from the local cache, else an id from Minari's hub."""
+def find_minari(source):
+    """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
+    id that is not there yet is downloaded from Minari's hub."""
     for folder in (Path(source), Path(__file__).parent / source):
-        if folder.is_dir():
+        if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
-            return minari.MinariDataset(folder / "data")
+            return folder
     require(
         re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
         f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
         "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
     )
-    try:
-        return minari.load_dataset(source)
-    except FileNotFoundError:
-        print(f"{source} is not in the local cache, asking Minari's hub")
+    folder = get_dataset_path(source)
+    if (folder / "data" / "metadata.json").is_file():
+        return folder
+    print(f"{source} is not in the local cache, asking Minari's hub")
     try:
         # Minari's own client retries for 23 s; this fails at once where there is no connection
         HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
-        return minari.load_dataset(source, download=True)
+        minari.download_dataset(source, force_download=folder.exists())
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         sys.exit(
-            f"error: --env {source}: not in the local cache, and the hub did not send it ({reason}"
-            "); check the id and the connection, or give a folder that holds the dataset"
+            f"error: --env {source}: not in the local cache, and the hub did not send it "
+            f"({first_line(error)}); check the id and the connection, or give a folder that holds "
+            "the dataset"
         )
+    return folder
 
 
 def flatten_observations(space, observations):
@@ -213,37 +237,46 @@ def flatten_observations(space, observations):
 def load_dataset(env):
     """Loads the episodes that --env stands for and prints a line about them.
 
-    Exits with one line if there is no such dataset, or its spaces are not vectors of numbers.
+    Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
+    real numbers, or several datasets do not fit together.
     """
-    sources = [open_minari(source) for source in resolve_env(env)]
-    episodes = []
-    for source in sources:
+    sources, episodes = [], []
+    for name in resolve_env(env):
+        folder = find_minari(name)
+        try:
+            source = minari.MinariDataset(folder / "data")
+            raw_episodes = list(source.iterate_episodes())
+        except Exception as error:
+            sys.exit(f"error: --env {name}: cannot be read ({first_line(error)})")
         space, action_space = source.observation_space, source.action_space
         flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
         is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
         require(
             isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
-            f"--env {source.id}: observations must be vectors of real numbers, not {space}",
+            f"--env {name}: observations must be vectors of real numbers, not {space}",
         )
         require(
             isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
-            f"--env {source.id}: actions must be vectors of real numbers, not {action_space}",
+            f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
-        for e in source.iterate_episodes():
+        require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        sources.append(source)
+        for e in raw_episodes:
             observations = flatten_observations(space, e.observations)
             episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
-    dims = {(e.observations.shape[1], e.actions.shape[1]) for e in episodes}
-    require(len(dims) == 1, f"--env {env}: no episodes, or their dimensions differ: {dims}")
+    env_ids = sorted({source.env_spec.id for source in sources})
+    require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
-    name = env if any(re.fullmatch(pattern, env) for pattern in SHORT_NAMES) else "+".join(ids)
+    name = "+".join(ids) if resolve_env(env) == env.split("+") else env  # short names stay short
     returns = np.array([e.rewards.sum() for e in episodes])
     print(
         f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
         f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
         f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
     )
-    return Dataset(name, ids, sources[0].env_spec.id, episodes, sources[0])
+    return Dataset(name, ids, env_ids[0], episodes, sources[0])
 
 
 class Windows(NamedTuple):
@@ -256,7 +289,7 @@ class Windows(NamedTuple):
     start: np.ndarray  # [W] int64: the row of the window's first transition
     episode: np.ndarray  # [W] int64
     timestep: np.ndarray  # [W] int64: the window's first step in its episode
-    y: np.ndarray  # [W] float32: discounted return from there on, with the penalty (eq. 7, A.1)
+    y: np.ndarray  # [W] float32: discounted return from there on, with the penalty (4.1, A.1)
     return_to_go: np.ndarray  # [W] float32: undiscounted, without the penalty (eq. 17)
 
 
@@ -493,8 +526,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = checkpoint["format"], checkpoint["format_version"]
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({reason})")
+        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({first_line(error)})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
     require(version == 1, f"{path}: format version {version}; this program reads version 1")
     return checkpoint
@@ -515,13 +547,14 @@ def reweighted_probabilities(y, num_bins, u, q, max_ratio=5.0):
     q), with |B_j| as a share of all windows and y_j its midpoint, and a window of it uniformly. No
     window is drawn more than max_ratio times as often as under uniform sampling.
     """
+    y = y.astype(np.float64)
     count, edges = np.histogram(y, bins=num_bins)
     share = count / len(y)
     midpoint = (edges[:-1] + edges[1:]) / 2
     v = share / (share + u) * np.exp(-np.abs(y.max() - midpoint) / q)
     bin_of = np.clip(np.searchsorted(edges, y, side="right") - 1, 0, num_bins - 1)
     ratio = (v / v.sum() / np.maximum(share, 1e-12))[bin_of]  # 1 is uniform
-    while ratio.max() > max_ratio * 1.001:  # what the cap takes away goes to the other windows
+    for _ in range(100):  # what the cap takes away goes to the other windows, and again
         ratio = np.minimum(ratio, max_ratio)
         ratio /= ratio.mean()
     return ratio / ratio.sum()
@@ -630,11 +663,9 @@ def summarise(buffer, source_rewards):
 
 def main(args):
     require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
-    require(args.alpha > 0, f"--alpha {args.alpha}: must be positive")
     require(args.guidance >= 0, f"--guidance {args.guidance}: must not be negative")
-    require(args.num_transitions > 0, f"--num-transitions {args.num_transitions}: must be positive")
+    require_positive(args, "alpha", "num_transitions", "batch_size", "reweight_u", "reweight_q")
     require(args.num_steps > 1, f"--num-steps {args.num_steps}: must be at least 2")
-    require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be positive")
     require(args.reweight_bins >= 0, f"--reweight-bins {args.reweight_bins}: must not be negative")
     require(args.success_weight >= 1, f"--success-weight {args.success_weight}: at least 1")
     require(
@@ -642,6 +673,7 @@ def main(args):
         "--reweight-bins is for dense rewards, --success-weight for sparse ones: choose one",
     )
     require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
+    require(not args.out.is_dir(), f"--out {args.out}: is a folder")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -659,8 +691,12 @@ def main(args):
     denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"])
     denoiser.load_state_dict(checkpoint["ema"])
     denoiser.to(device).eval()
-    if args.compile:
+    if device.type == "cuda" if args.compile is None else args.compile:
         denoiser = torch.compile(denoiser)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=plain_args(args))
 
     y = windows.y * trained["return_scale"]
     probabilities = None
@@ -742,9 +778,6 @@ def main(args):
         f"{summary['source_correlation']:.3f}, generated {summary['generated_correlation']:.3f}"
     )
     if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=metadata)
         wandb.log(summary)
 
 

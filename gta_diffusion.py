@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch",
 #     "numpy",
@@ -15,7 +15,7 @@
 
 GTA: Generative Trajectory Augmentation with Guidance for Offline RL (NeurIPS 2024), section 4.1
 and appendix A. A subtrajectory of H transitions (eq. 6) is an image of H + 1 rows. Its condition is
-the discounted return from its first step to the end of the episode (eq. 7). The denoiser is a
+the discounted return from its first step to the end of the episode (section 4.1). The denoiser is a
 temporal U-Net of MLP-mixer blocks (A.2), trained with the loss of EDM (Karras et al. 2022).
 
     python gta_diffusion.py --env hopper-medium
@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from huggingface_hub import HfApi
+from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
 from tqdm import tqdm
 
@@ -90,8 +91,9 @@ class Args:
     """seed of initial weights, batches and noise"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, cuda:1, cpu"""
-    compile: bool = torch.cuda.is_available()
-    """compile the denoiser with torch.compile; on a CPU this takes minutes and gains nothing"""
+    compile: bool | None = None
+    """compile the denoiser with torch.compile. Default: on CUDA; on a CPU it takes minutes and
+    gains nothing"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "gta"
@@ -106,15 +108,33 @@ def require(condition, message):
         sys.exit(f"error: {message}")
 
 
+def require_positive(args, *names):
+    """Ends the program with one line unless all named arguments are positive."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
 def pick_device(name):
-    """Returns the torch device called name; says so when that is the CPU."""
-    require(
-        not name.startswith("cuda") or torch.cuda.is_available(),
-        f"--device {name}: PyTorch finds no CUDA device; use --device cpu",
-    )
-    if name == "cpu":
-        print("device: cpu (paper-size runs want a GPU)")
-    return torch.device(name)
+    """Returns the torch device called name, made the current one; says so when it is the CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
+        require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # same seed, same result
+    else:
+        print(f"device: {device} (paper-size runs want a GPU)")
+    return device
+
+
+def first_line(error):
+    """Returns what an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write_atomically(path, write):
@@ -158,38 +178,42 @@ class Dataset(NamedTuple):
 
 def resolve_env(env):
     """Returns the Minari ids and folders that --env stands for."""
-    for pattern, ids in SHORT_NAMES.items():
-        if match := re.fullmatch(pattern, env):
-            return [minari_id.format(*match.groups()) for minari_id in ids]
-    return env.split("+")
+    sources = []
+    for part in env.split("+"):
+        matches = ((re.fullmatch(pattern, part), ids) for pattern, ids in SHORT_NAMES.items())
+        found = [[i.format(*match.groups()) for i in ids] for match, ids in matches if match]
+        sources += found[0] if found else [part]
+    return sources
 
 
-def open_minari(source):
-    """Opens a folder, else an id from the local cache, else an id from Minari's hub."""
+def find_minari(source):
+    """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
+    id that is not there yet is downloaded from Minari's hub."""
     for folder in (Path(source), Path(__file__).parent / source):
-        if folder.is_dir():
+        if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
-            return minari.MinariDataset(folder / "data")
+            return folder
     require(
         re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
         f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
         "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
     )
-    try:
-        return minari.load_dataset(source)
-    except FileNotFoundError:
-        print(f"{source} is not in the local cache, asking Minari's hub")
+    folder = get_dataset_path(source)
+    if (folder / "data" / "metadata.json").is_file():
+        return folder
+    print(f"{source} is not in the local cache, asking Minari's hub")
     try:
         # Minari's own client retries for 23 s; this fails at once where there is no connection
         HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
-        return minari.load_dataset(source, download=True)
+        minari.download_dataset(source, force_download=folder.exists())
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         sys.exit(
-            f"error: --env {source}: not in the local cache, and the hub did not send it ({reason}"
-            "); check the id and the connection, or give a folder that holds the dataset"
+            f"error: --env {source}: not in the local cache, and the hub did not send it "
+            f"({first_line(error)}); check the id and the connection, or give a folder that holds "
+            "the dataset"
         )
+    return folder
 
 
 def flatten_observations(space, observations):
@@ -203,37 +227,46 @@ def flatten_observations(space, observations):
 def load_dataset(env):
     """Loads the episodes that --env stands for and prints a line about them.
 
-    Exits with one line if there is no such dataset, or its spaces are not vectors of numbers.
+    Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
+    real numbers, or several datasets do not fit together.
     """
-    sources = [open_minari(source) for source in resolve_env(env)]
-    episodes = []
-    for source in sources:
+    sources, episodes = [], []
+    for name in resolve_env(env):
+        folder = find_minari(name)
+        try:
+            source = minari.MinariDataset(folder / "data")
+            raw_episodes = list(source.iterate_episodes())
+        except Exception as error:
+            sys.exit(f"error: --env {name}: cannot be read ({first_line(error)})")
         space, action_space = source.observation_space, source.action_space
         flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
         is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
         require(
             isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
-            f"--env {source.id}: observations must be vectors of real numbers, not {space}",
+            f"--env {name}: observations must be vectors of real numbers, not {space}",
         )
         require(
             isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
-            f"--env {source.id}: actions must be vectors of real numbers, not {action_space}",
+            f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
-        for e in source.iterate_episodes():
+        require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        sources.append(source)
+        for e in raw_episodes:
             observations = flatten_observations(space, e.observations)
             episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
-    dims = {(e.observations.shape[1], e.actions.shape[1]) for e in episodes}
-    require(len(dims) == 1, f"--env {env}: no episodes, or their dimensions differ: {dims}")
+    env_ids = sorted({source.env_spec.id for source in sources})
+    require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
-    name = env if any(re.fullmatch(pattern, env) for pattern in SHORT_NAMES) else "+".join(ids)
+    name = "+".join(ids) if resolve_env(env) == env.split("+") else env  # short names stay short
     returns = np.array([e.rewards.sum() for e in episodes])
     print(
         f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
         f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
         f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
     )
-    return Dataset(name, ids, sources[0].env_spec.id, episodes, sources[0])
+    return Dataset(name, ids, env_ids[0], episodes, sources[0])
 
 
 class Windows(NamedTuple):
@@ -246,7 +279,7 @@ class Windows(NamedTuple):
     start: np.ndarray  # [W] int64: the row of the window's first transition
     episode: np.ndarray  # [W] int64
     timestep: np.ndarray  # [W] int64: the window's first step in its episode
-    y: np.ndarray  # [W] float32: discounted return from there on, with the penalty (eq. 7, A.1)
+    y: np.ndarray  # [W] float32: discounted return from there on, with the penalty (4.1, A.1)
     return_to_go: np.ndarray  # [W] float32: undiscounted, without the penalty (eq. 17)
 
 
@@ -521,8 +554,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = checkpoint["format"], checkpoint["format_version"]
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({reason})")
+        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({first_line(error)})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
     require(version == 1, f"{path}: format version {version}; this program reads version 1")
     return checkpoint
@@ -549,9 +581,10 @@ def main(args):
     rows_ok = args.horizon == 1 or (args.horizon > 1 and (args.horizon + 1) % 8 == 0)
     require(rows_ok, f"--horizon {args.horizon}: must be 1 or one less than a multiple of 8")
     require(args.dim > 0 and args.dim % 8 == 0, f"--dim {args.dim}: must be a multiple of 8")
-    require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be positive")
-    require(args.train_steps > 0, f"--train-steps {args.train_steps}: must be positive")
+    require_positive(args, "batch_size", "train_steps", "lr", "ema_every", "save_every")
     require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
+    require(not args.out.is_dir(), f"--out {args.out}: is a folder")
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun: several processes do not work yet")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 
@@ -585,7 +618,7 @@ def main(args):
         scheduler.load_state_dict(checkpoint["scheduler"])
         set_rng_state(checkpoint["rng"], device)
         first_step = checkpoint["step"]
-        print(f"resumed {args.out} at step {first_step}")
+        print(f"resumed {args.out} at step {first_step} of {args.train_steps}")
     elif args.resume:
         print(f"nothing to resume at {args.out}, starting at step 0")
 
@@ -610,13 +643,14 @@ def main(args):
         }
         write_atomically(args.out, lambda file: torch.save(checkpoint, file))
 
-    loss_fn = torch.compile(edm_loss) if args.compile else edm_loss
+    compiles = device.type == "cuda" if args.compile is None else args.compile
+    loss_fn = torch.compile(edm_loss) if compiles else edm_loss
     if args.track:
         import wandb
 
         wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=plain_args(args))
 
-    loss_sum = torch.zeros((), device=device)
+    loss_sum, num_losses = torch.zeros((), device=device), 0
     recent_losses = deque(maxlen=10)  # means of 100 steps each
     started = time.time()
     progress = tqdm(range(first_step, args.train_steps), initial=first_step, total=args.train_steps)
@@ -636,9 +670,10 @@ def main(args):
                 update_ema(ema, denoiser, step + 1, args.ema_decay)
 
             loss_sum += loss.detach()
+            num_losses += 1
             if (step + 1) % 100 == 0:
-                recent_losses.append(loss_sum.item() / 100)
-                loss_sum.zero_()
+                recent_losses.append(loss_sum.item() / num_losses)
+                loss_sum, num_losses = torch.zeros_like(loss_sum), 0
                 progress.set_postfix(loss=f"{recent_losses[-1]:.3f}")
                 if args.track:
                     log = {"loss": recent_losses[-1], "lr": scheduler.get_last_lr()[0]}

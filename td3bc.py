@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch",
 #     "numpy",
@@ -30,8 +30,8 @@ import json
 import os
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from huggingface_hub import HfApi
+from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm import tqdm
@@ -92,8 +93,8 @@ class Args:
     """seed of initial weights, batches, noise and evaluation episodes"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, cuda:1, cpu"""
-    compile: bool = torch.cuda.is_available()
-    """on CUDA, record the update as a CUDA graph and replay it"""
+    compile: bool | None = None
+    """record the update as a CUDA graph and replay it. Default: on CUDA"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "gta"
@@ -117,20 +118,38 @@ def require(condition, message):
         sys.exit(f"error: {message}")
 
 
+def require_positive(args, *names):
+    """Ends the program with one line unless all named arguments are positive."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
 def pick_device(name):
-    """Returns the torch device called name; says so when that is the CPU."""
-    require(
-        not name.startswith("cuda") or torch.cuda.is_available(),
-        f"--device {name}: PyTorch finds no CUDA device; use --device cpu",
-    )
-    if name == "cpu":
-        print("device: cpu (paper-size runs want a GPU)")
-    return torch.device(name)
+    """Returns the torch device called name, made the current one; says so when it is the CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
+        require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # same seed, same result
+    else:
+        print(f"device: {device} (paper-size runs want a GPU)")
+    return device
 
 
 def plain_args(args):
     """Returns the arguments as a dictionary of plain Python values."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def first_line(error):
+    """Returns what an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write_atomically(path, write):
@@ -174,38 +193,42 @@ class Dataset(NamedTuple):
 
 def resolve_env(env):
     """Returns the Minari ids and folders that --env stands for."""
-    for pattern, ids in SHORT_NAMES.items():
-        if match := re.fullmatch(pattern, env):
-            return [minari_id.format(*match.groups()) for minari_id in ids]
-    return env.split("+")
+    sources = []
+    for part in env.split("+"):
+        matches = ((re.fullmatch(pattern, part), ids) for pattern, ids in SHORT_NAMES.items())
+        found = [[i.format(*match.groups()) for i in ids] for match, ids in matches if match]
+        sources += found[0] if found else [part]
+    return sources
 
 
-def open_minari(source):
-    """Opens a folder, else an id from the local cache, else an id from Minari's hub."""
+def find_minari(source):
+    """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
+    id that is not there yet is downloaded from Minari's hub."""
     for folder in (Path(source), Path(__file__).parent / source):
-        if folder.is_dir():
+        if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
-            return minari.MinariDataset(folder / "data")
+            return folder
     require(
         re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
         f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
         "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
     )
-    try:
-        return minari.load_dataset(source)
-    except FileNotFoundError:
-        print(f"{source} is not in the local cache, asking Minari's hub")
+    folder = get_dataset_path(source)
+    if (folder / "data" / "metadata.json").is_file():
+        return folder
+    print(f"{source} is not in the local cache, asking Minari's hub")
     try:
         # Minari's own client retries for 23 s; this fails at once where there is no connection
         HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
-        return minari.load_dataset(source, download=True)
+        minari.download_dataset(source, force_download=folder.exists())
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         sys.exit(
-            f"error: --env {source}: not in the local cache, and the hub did not send it ({reason}"
-            "); check the id and the connection, or give a folder that holds the dataset"
+            f"error: --env {source}: not in the local cache, and the hub did not send it "
+            f"({first_line(error)}); check the id and the connection, or give a folder that holds "
+            "the dataset"
         )
+    return folder
 
 
 def flatten_observations(space, observations):
@@ -219,37 +242,46 @@ def flatten_observations(space, observations):
 def load_dataset(env):
     """Loads the episodes that --env stands for and prints a line about them.
 
-    Exits with one line if there is no such dataset, or its spaces are not vectors of numbers.
+    Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
+    real numbers, or several datasets do not fit together.
     """
-    sources = [open_minari(source) for source in resolve_env(env)]
-    episodes = []
-    for source in sources:
+    sources, episodes = [], []
+    for name in resolve_env(env):
+        folder = find_minari(name)
+        try:
+            source = minari.MinariDataset(folder / "data")
+            raw_episodes = list(source.iterate_episodes())
+        except Exception as error:
+            sys.exit(f"error: --env {name}: cannot be read ({first_line(error)})")
         space, action_space = source.observation_space, source.action_space
         flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
         is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
         require(
             isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
-            f"--env {source.id}: observations must be vectors of real numbers, not {space}",
+            f"--env {name}: observations must be vectors of real numbers, not {space}",
         )
         require(
             isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
-            f"--env {source.id}: actions must be vectors of real numbers, not {action_space}",
+            f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
-        for e in source.iterate_episodes():
+        require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        sources.append(source)
+        for e in raw_episodes:
             observations = flatten_observations(space, e.observations)
             episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
-    dims = {(e.observations.shape[1], e.actions.shape[1]) for e in episodes}
-    require(len(dims) == 1, f"--env {env}: no episodes, or their dimensions differ: {dims}")
+    env_ids = sorted({source.env_spec.id for source in sources})
+    require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
-    name = env if any(re.fullmatch(pattern, env) for pattern in SHORT_NAMES) else "+".join(ids)
+    name = "+".join(ids) if resolve_env(env) == env.split("+") else env  # short names stay short
     returns = np.array([e.rewards.sum() for e in episodes])
     print(
         f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
         f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
         f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
     )
-    return Dataset(name, ids, sources[0].env_spec.id, episodes, sources[0])
+    return Dataset(name, ids, env_ids[0], episodes, sources[0])
 
 
 DOMAINS = {"antmaze": "antmaze", "maze": "maze2d", "adroit": "adroit", "kitchen": "kitchen"}
@@ -280,7 +312,7 @@ def reference_returns(dataset):
     if "ref_min_score" in metadata and "ref_max_score" in metadata:
         return metadata["ref_min_score"], metadata["ref_max_score"]
     for word, references in REFERENCE_RETURNS.items():
-        if word in dataset.env_id.lower():
+        if word in dataset.env_id.lower() and "dense" not in dataset.env_id.lower():
             return references
     print(f"no reference returns for {dataset.env_id}: the scores are plain returns")
     return 0.0, 100.0
@@ -297,13 +329,16 @@ def read_buffer(path):
             buffer = {key: file[key] for key in file.files}
         metadata = json.loads(str(buffer.pop("metadata")))
         kind, version = metadata["format"], metadata["format_version"]
-        N, H = buffer["rewards"].shape
-        whole = buffer["observations"].shape[:2] == (N, H + 1)
-        whole &= buffer["actions"].shape[:2] == buffer["terminals"].shape == (N, H)
     except Exception as error:
-        sys.exit(f"error: --aug {path}: not a whole buffer ({type(error).__name__}: {error})")
-    require(kind == "gta-buffer" and whole and N > 0, f"--aug {path}: not a buffer of trajectories")
+        sys.exit(f"error: --aug {path}: not a whole buffer ({first_line(error)})")
+    require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
     require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
+    keys = ("observations", "actions", "rewards", "terminals")
+    require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
+    observations, actions, rewards, terminals = (buffer[key] for key in keys)
+    fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
+    fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
+    require(fits, f"--aug {path}: is empty, or its arrays do not fit together")
     return buffer, metadata
 
 
@@ -333,10 +368,11 @@ def load_episodes(args):
     episodes, too) and the words that name the augmentation.
     """
     require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
+    s4rl = f"s4rl({args.s4rl_sigma})" if args.s4rl_sigma else ""
     if args.aug is None:
         args.env = args.env or "data/hopper-medium-sample"
         dataset = load_dataset(args.env)
-        return dataset, dataset.episodes, f"s4rl({args.s4rl_sigma})" if args.s4rl_sigma else "none"
+        return dataset, dataset.episodes, s4rl or "none"
     buffer, metadata = read_buffer(args.aug)
     args.env = args.env or metadata["env"]
     dataset = load_dataset(args.env)
@@ -355,6 +391,7 @@ def load_episodes(args):
     settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
     aug = f"{metadata['method']}({', '.join(settings)})" + (" only" if args.aug_only else "")
     print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
+    aug += f" + {s4rl}" if s4rl else ""
     return dataset, generated if args.aug_only else dataset.episodes + generated, aug
 
 
@@ -440,7 +477,7 @@ class TwinCritic(nn.Module):
 # --- TD3+BC ---
 
 
-def critic_loss(critic, critic_target, actor_target, batch, noise, args):
+def td3_critic_loss(critic, critic_target, actor_target, batch, noise, args):
     """Clipped double Q-learning with target policy smoothing (TD3), for one agent.
 
     noise [B, act_dim] is unit normal.
@@ -454,7 +491,7 @@ def critic_loss(critic, critic_target, actor_target, batch, noise, args):
     return F.mse_loss(q1, target) + F.mse_loss(q2, target)
 
 
-def actor_loss(actor, critic, batch, args):
+def td3bc_actor_loss(actor, critic, batch, args):
     """-lambda Q_1(s, pi(s)) + (pi(s) - a)^2, lambda = alpha / mean |Q_1| (TD3+BC, eq. 3 and 5)."""
     pi = actor(batch.s)
     q, _ = critic(batch.s, pi)
@@ -496,7 +533,7 @@ def polyak(target, params, tau):
     torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
 
 
-class Agents:
+class TD3BC:
     """num_seeds agents of TD3+BC: networks, target networks, optimizers."""
 
     def __init__(self, args, obs_dim, act_dim, device):
@@ -507,7 +544,7 @@ class Agents:
             critics.append(TwinCritic(obs_dim, act_dim))
         self.actor, self.critic = Stacked(actors, device), Stacked(critics, device)
         self.actor_target, self.critic_target = self.actor.copy_params(), self.critic.copy_params()
-        options = {"lr": args.lr, "fused": True, "capturable": device.type == "cuda"}
+        options = {"lr": args.lr, "fused": True, "capturable": records_graph(args, device)}
         self.actor_optimizer = torch.optim.Adam(self.actor.params.values(), **options)
         self.critic_optimizer = torch.optim.Adam(self.critic.params.values(), **options)
 
@@ -532,14 +569,14 @@ def update(agents, batch, noise, with_actor, args):
     batch's fields are [num_seeds, B, ...], noise is [num_seeds, B, act_dim] unit normal. Returns
     the losses by name, each [num_seeds].
     """
+    actor, critic = agents.actor.bind, agents.critic.bind
 
-    def critic_losses(critic, critic_target, actor_target, batch, noise):
-        bind = agents.critic.bind
-        actor_target = agents.actor.bind(actor_target)
-        return critic_loss(bind(critic), bind(critic_target), actor_target, batch, noise, args)
+    def critic_losses(params, target_params, actor_target_params, batch, noise):
+        target, actor_target = critic(target_params), actor(actor_target_params)
+        return td3_critic_loss(critic(params), target, actor_target, batch, noise, args)
 
-    def actor_losses(actor, critic, batch):
-        return actor_loss(agents.actor.bind(actor), agents.critic.bind(critic), batch, args)
+    def actor_losses(params, critic_params, batch):
+        return td3bc_actor_loss(actor(params), critic(critic_params), batch, args)
 
     losses = {
         "critic_loss": vmap(critic_losses)(
@@ -553,6 +590,11 @@ def update(agents, batch, noise, with_actor, args):
         polyak(agents.critic_target, agents.critic.params, args.tau)
         polyak(agents.actor_target, agents.actor.params, args.tau)
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def records_graph(args, device):
+    """Whether updates run as recorded CUDA graphs."""
+    return device.type == "cuda" and args.compile is not False
 
 
 def record_graph(function):
@@ -612,59 +654,13 @@ def evaluate(agents, envs, scaling, args, device):
 # --- run ---
 
 
-def load_policy(path, script):
-    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
-    require(path.is_file(), f"--load {path}: no such file")
-    try:
-        policy = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        sys.exit(f"error: --load {path}: not a whole policy file ({reason})")
-    require(kind == "gta-policy", f"--load {path}: a {kind} file, not a policy")
-    require(version == 1, f"--load {path}: format version {version}; this program reads version 1")
-    require(algorithm == script, f"--load {path}: a policy of {algorithm}.py, not of {script}.py")
-    return policy
-
-
-def main(args):
+def start_run(args, dataset, aug, references):
+    """Makes the run's folder with config.json and an empty evals.csv. Returns it."""
     script = Path(__file__).stem
-    require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be positive")
-    require(args.num_seeds > 0, f"--num-seeds {args.num_seeds}: must be positive")
-    require(args.eval_every > 0, f"--eval-every {args.eval_every}: must be positive")
-    require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
-    require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
-    device = pick_device(args.device)
-
-    policy = load_policy(args.load, script) if args.load else None
-    if policy:
-        args.num_seeds = policy["num_seeds"]
-        args.env = args.env or (policy["env"] if args.aug is None else None)
-    dataset, episodes, aug = load_episodes(args)
-    for key, value in BY_DOMAIN[domain_of(dataset.env_id)].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    require(args.eval_episodes > 0, f"--eval-episodes {args.eval_episodes}: must be positive")
-    scaling = make_scaling(episodes, dataset.source.action_space)
-    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
-
-    agents = Agents(args, obs_dim, act_dim, device)
-    if policy:
-        require(policy["env_id"] == dataset.env_id, f"--load: a policy for {policy['env_id']}")
-        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
-        aug = policy["aug"] if args.train_steps == 0 else aug
-        with torch.no_grad():
-            for name, params in agents.weights().items():
-                for key, p in params.items():
-                    p.copy_(policy["weights"][name][key])
-    data = pack_transitions(episodes, scaling, device)
-    torch.manual_seed(args.seed)
-
-    result = f"{script}{'' if aug == 'none' else ' + ' + aug}"
-    label = f"{script}-{dataset.name}-{aug}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    label = f"{script}-{dataset.name}-{aug}-{args.seed}-{now}"
     run = args.runs / re.sub(r"[^\w.+-]+", "_", label)
     run.mkdir(parents=True)
-    score_0, score_100 = reference_returns(dataset)
     config = {
         "script": script,
         **plain_args(args),
@@ -672,10 +668,10 @@ def main(args):
         "dataset": dataset.name,
         "dataset_ids": dataset.ids,
         "env_id": dataset.env_id,
-        "reference_returns": [score_0, score_100],
-        "transitions": len(data),
+        "reference_returns": references,
     }
-    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(run / "config.json", lambda file: file.write(text.encode()))
     with open(run / "evals.csv", "w", newline="") as file:
         csv.writer(file).writerow(["update", "seed", "return", "score"])
     if args.track:
@@ -683,47 +679,106 @@ def main(args):
 
         entity = args.wandb_entity
         wandb.init(project=args.wandb_project, entity=entity, name=run.name, config=config)
+    return run
 
-    num_parallel = min(args.eval_episodes, 10)
-    envs = [make_env(dataset) for _ in range(args.num_seeds * num_parallel)]
 
-    losses = {}
+def record_evaluation(run, step, returns, scores, losses, args):
+    """Appends a row per seed to evals.csv. returns, scores [num_seeds]; losses by name, same."""
+    with open(run / "evals.csv", "a", newline="") as file:
+        for seed, (value, score) in enumerate(zip(returns, scores), start=args.seed):
+            csv.writer(file).writerow([step, seed, f"{value:.4f}", f"{score:.4f}"])
+    if args.track:
+        import wandb
 
-    def evaluate_and_save(step):
-        """Evaluates all agents, appends to evals.csv, writes policy.pt. Returns the scores."""
-        returns = evaluate(agents, envs, scaling, args, device)
-        scores = 100 * (returns - score_0) / (score_100 - score_0)
-        with open(run / "evals.csv", "a", newline="") as file:
-            for seed, (value, score) in enumerate(zip(returns, scores), start=args.seed):
-                csv.writer(file).writerow([step, seed, f"{value:.4f}", f"{score:.4f}"])
-        policy = {
-            "format": "gta-policy",
-            "format_version": 1,
-            "algorithm": script,
-            "args": plain_args(args),
-            "env": args.env,
-            "env_id": dataset.env_id,
-            "aug": aug,
-            "num_seeds": args.num_seeds,
-            "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
-            "weights": agents.weights(),
-            "update": step,
-        }
-        write_atomically(run / "policy.pt", lambda file: torch.save(policy, file))
-        if args.track:
-            log = {name: loss.mean().item() for name, loss in losses.items()}
-            wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
-        return scores
+        log = {name: loss.mean().item() for name, loss in losses.items()}
+        wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
+
+
+def save_policy(run, step, agents, scaling, dataset, aug, args):
+    """Writes policy.pt: the weights of all agents, and what is needed to act with them."""
+    policy = {
+        "format": "gta-policy",
+        "format_version": 1,
+        "algorithm": Path(__file__).stem,
+        "args": plain_args(args),
+        "env_id": dataset.env_id,
+        "aug": aug,
+        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+        "weights": agents.weights(),
+        "update": step,
+    }
+    write_atomically(run / "policy.pt", lambda file: torch.save(policy, file))
+
+
+def load_policy(path):
+    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
+    script = Path(__file__).stem
+    require(path.is_file(), f"--load {path}: no such file")
+    try:
+        policy = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+    except Exception as error:
+        sys.exit(f"error: --load {path}: not a whole policy file ({first_line(error)})")
+    require(kind == "gta-policy", f"--load {path}: a {kind} file, not a policy")
+    require(version == 1, f"--load {path}: format version {version}; this program reads version 1")
+    require(algorithm == script, f"--load {path}: a policy of {algorithm}.py, not of {script}.py")
+    return policy
+
+
+def put_weights(agents, weights):
+    """Copies the weights of policy.pt into agents."""
+    with torch.no_grad():
+        for name, params in agents.weights().items():
+            for key, p in params.items():
+                p.copy_(weights[name][key])
+
+
+def main(args):
+    require_positive(args, "batch_size", "num_seeds", "eval_every", "policy_freq", "lr")
+    require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
+    require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
+    device = pick_device(args.device)
+
+    policy = load_policy(args.load) if args.load else None
+    if policy:  # its agents keep their seeds and, if no data is named, their dataset
+        args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
+        args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
+    dataset, episodes, aug = load_episodes(args)
+    for key, value in BY_DOMAIN[domain_of(dataset.env_id)].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    require_positive(args, "eval_episodes")
+    scaling = make_scaling(episodes, dataset.source.action_space)
+    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
+    agents = TD3BC(args, obs_dim, act_dim, device)
+    if policy:
+        require(policy["env_id"] == dataset.env_id, f"--load: a policy for {policy['env_id']}")
+        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        aug = policy["aug"] if args.train_steps == 0 else aug
+        put_weights(agents, policy["weights"])
+    data = pack_transitions(episodes, scaling, device)
+    envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
+    score_0, score_100 = reference_returns(dataset)
+    run = start_run(args, dataset, aug, [score_0, score_100])
+    torch.manual_seed(args.seed)
 
     def train_step(with_actor):
         batch = draw_batch(data, args.num_seeds, args.batch_size, obs_dim, act_dim, args.s4rl_sigma)
         return update(agents, batch, torch.randn_like(batch.a), with_actor, args)
 
-    steps = {flag: partial(train_step, flag) for flag in (False, True)}
+    def evaluate_and_save(step):
+        returns = evaluate(agents, envs, scaling, args, device)
+        scores = 100 * (returns - score_0) / (score_100 - score_0)
+        record_evaluation(run, step, returns, scores, losses, args)
+        save_policy(run, step, agents, scaling, dataset, aug, args)
+        return scores
+
+    losses, steps = {}, {flag: partial(train_step, flag) for flag in (False, True)}
+    eager_steps = max(10, 2 * args.policy_freq)  # a CUDA graph is recorded after a warm-up
     progress = tqdm(range(1, args.train_steps + 1), unit="update")
     try:
         for step in progress:
-            if args.compile and device.type == "cuda" and step == 11:  # after an eager warm-up
+            if records_graph(args, device) and step == eager_steps + 1:
                 steps = {flag: record_graph(train) for flag, train in steps.items()}
             losses.update(steps[step % args.policy_freq == 0]())
             if step % args.eval_every == 0 or step == args.train_steps:
@@ -734,11 +789,10 @@ def main(args):
     except KeyboardInterrupt:
         progress.close()
         sys.exit(f"interrupted; {run} holds everything up to the last evaluation")
+    algorithm = Path(__file__).stem + ("" if aug == "none" else f" + {aug}")
+    seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
     print(f"wrote {run}")
-    print(
-        f"{dataset.name} | {result} | {scores.mean():.1f} +- {scores.std():.1f} over "
-        f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
-    )
+    print(f"{dataset.name} | {algorithm} | {scores.mean():.1f} +- {scores.std():.1f} over {seeds}")
 
 
 if __name__ == "__main__":

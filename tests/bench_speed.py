@@ -72,7 +72,7 @@ def stage_c(batch_size=256, obs_dim=11, act_dim=3):
     updates, seeds = [], (1, 4, 8)
     for num_seeds in seeds:
         args = C.Args(num_seeds=num_seeds, device=str(DEVICE))
-        agents = C.Agents(args, obs_dim, act_dim, DEVICE)
+        agents = C.TD3BC(args, obs_dim, act_dim, DEVICE)
 
         def update(agents=agents, args=args):
             for with_actor in (False, True):

@@ -155,6 +155,8 @@ def test_reweighting_draws_no_window_more_than_five_times_as_often():
     assert free.max() * len(y) > 50
     assert p.max() * len(y) == pytest.approx(5, rel=2e-3)
     assert p.sum() == pytest.approx(1)
+    extreme = B.reweighted_probabilities(y.astype(np.float32), 50, 0.001, 0.01)  # exp underflows
+    assert np.isfinite(extreme).all() and extreme.sum() == pytest.approx(1)
 
 
 def test_success_weighting_draws_episodes_then_windows():
@@ -297,8 +299,63 @@ def test_checkpoint_has_the_documented_keys(pipeline):
     }  # fmt: skip
     assert (checkpoint["obs_dim"], checkpoint["act_dim"], checkpoint["horizon"]) == (11, 3, 7)
     assert checkpoint["step"] == 6 and checkpoint["args"]["dim"] == 8
-    assert checkpoint["normalizer"]["mean"].shape == (15,)
+    for key in ("mean", "std"):
+        moments = checkpoint["normalizer"][key]
+        assert (moments.dtype, moments.shape) == (torch.float32, (15,))
     A.Denoiser(7, 11, 3, 8).load_state_dict(checkpoint["ema"])
+
+
+def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
+    """main hands the EMA, the schedule, the guidance and the choice of sources on as asked."""
+    seen = {}
+
+    def sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
+        seen.update(denoise.keywords, net=denoise.args[0], sigmas=sigmas, gamma=gamma)
+        seen["s"] = (s_min, s_max, s_noise)
+        return x
+
+    def draw(rng, num_windows, num_sources, probabilities):
+        seen["probabilities"] = probabilities
+        return np.arange(num_sources)
+
+    monkeypatch.setattr(B, "edm_sampler", sampler)
+    monkeypatch.setattr(B, "draw_sources", draw)
+    args = B.Args(
+        checkpoint=pipeline[0] / "diffusion.pt",
+        out=tmp_path / "b.npz",
+        num_transitions=70,
+        mu=0.5,
+        alpha=1.3,
+        guidance=1.5,
+        num_steps=20,
+        s_churn=4.0,
+        s_min=0.1,
+        s_max=40.0,
+        s_noise=1.01,
+        success_weight=3.0,
+        device="cpu",
+    )
+    B.main(args)
+    assert seen["w"] == 1.5 and seen["s"] == (0.1, 40.0, 1.01) and seen["gamma"] == 4 / 20
+    assert seen["sigmas"] == B.noise_schedule(20, 0.002, 80.0, 7.0)[10:]
+    windows = B.make_windows(dataset, 7, 0.99, 100.0)
+    expected = 0.01 * B.amplified_return(windows.y[:10], 1.3)
+    np.testing.assert_allclose(seen["y"].numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        seen["probabilities"],
+        B.success_probabilities(windows.episode, np.ones(len(dataset.episodes)), 3.0),
+    )
+    checkpoint = B.load_checkpoint(args.checkpoint)
+    for key, p in seen["net"].state_dict().items():
+        assert torch.equal(p, checkpoint["ema"][key])
+    key = "net.ups.0.0.mix_row.0.weight"
+    assert not torch.equal(checkpoint["ema"][key], checkpoint["model"][key])
+
+    args.success_weight, args.reweight_bins, args.reweight_q = 1.0, 20, 4.0
+    B.main(args)
+    np.testing.assert_allclose(
+        seen["probabilities"], B.reweighted_probabilities(0.01 * windows.y, 20, 0.001, 4.0)
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_recorded_td3bc_updates_equal_eager_ones():
     data = torch.randn(1000, 27, device=device)
     weights = []
     for recorded in (False, True):
-        agents = C.Agents(args, 11, 3, device)
+        agents = C.TD3BC(args, 11, 3, device)
         torch.manual_seed(0)
         batches = iter([C.draw_batch(data, 2, 64, 11, 3, 0.0) for _ in range(60)])
         static = C.Batch(*(field.clone() for field in next(batches)))
@@ -47,3 +47,19 @@ def test_compiled_loss_equals_eager():
     eager = A.edm_loss(denoiser, *batch)
     compiled = torch.compile(A.edm_loss)(denoiser, *batch)
     torch.testing.assert_close(eager, compiled, atol=1e-4, rtol=1e-4)
+
+
+def test_recorded_run_draws_new_batches(tmp_path):
+    """main on a GPU: the replayed graph draws its own batches and learns."""
+    for policy_freq in (2, 12):
+        args = C.Args(
+            train_steps=400, batch_size=256, eval_every=400, eval_episodes=2, runs=tmp_path
+        )
+        args.policy_freq = policy_freq
+        C.main(args)
+    for policy in tmp_path.rglob("policy.pt"):
+        weights = torch.load(policy, weights_only=True)["weights"]
+        assert all(p.isfinite().all() for params in weights.values() for p in params.values())
+    data = torch.arange(1000.0, device="cuda")[:, None].expand(-1, 27).contiguous()
+    draw = C.record_graph(lambda: C.draw_batch(data, 1, 64, 11, 3, 0.0).r)
+    assert not torch.equal(draw().clone(), draw())

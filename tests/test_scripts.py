@@ -21,7 +21,7 @@ import gta_diffusion
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in SCRIPTS}
-OWN = {"Args", "main", "update"}  # meant to differ from script to script
+OWN = {"Args", "BY_DOMAIN", "main", "update"}  # meant to differ from script to script
 
 
 def top_level(path):
@@ -127,13 +127,14 @@ def test_every_argument_has_a_docstring():
         ("kitchen-partial", ["D4RL/kitchen/partial-v2"]),
         ("mujoco/walker2d/expert-v0", ["mujoco/walker2d/expert-v0"]),
         ("some/folder+other/folder", ["some/folder", "other/folder"]),
+        ("hopper-medium+pen-human", ["mujoco/hopper/medium-v0", "D4RL/pen/human-v2"]),
     ],
 )
 def test_short_names(env, ids):
     assert gta_diffusion.resolve_env(env) == ids
 
 
-@pytest.mark.parametrize("env", ["hopper-medium-replay", "hopper-medium-v2-", "", "nonsense"])
+@pytest.mark.parametrize("env", ["hopper-medium-replay", "hopper-medium/", "", "a+", "nonsense"])
 def test_unknown_env_is_one_line(env):
     with pytest.raises(SystemExit, match="not a folder, a short name") as error:
         gta_diffusion.load_dataset(env)
@@ -186,6 +187,42 @@ def test_several_ids_are_concatenated(dataset):
     assert len(double.episodes) == 2 * len(dataset.episodes)
     again = double.episodes[len(dataset.episodes)]
     assert all((a == b).all() for a, b in zip(again, dataset.episodes[0]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: (data / "main_data.hdf5").unlink(),
+        lambda data: (data / "main_data.hdf5").write_bytes(b"\x89HDF then nothing"),
+        lambda data: cut_file(data / "main_data.hdf5"),
+        lambda data: (data / "metadata.json").write_text("{"),
+        lambda data: edit_json(data / "metadata.json", minari_version="99.0"),
+    ],
+    ids=["no data", "no HDF5", "truncated", "broken metadata", "newer Minari"],
+)
+def test_damaged_dataset_is_one_line(tmp_path, damage):
+    shutil.copytree(SAMPLE, tmp_path / "copy")
+    damage(tmp_path / "copy" / "data")
+    with pytest.raises(SystemExit, match="copy: cannot be read") as error:
+        gta_diffusion.load_dataset(str(tmp_path / "copy"))
+    assert "\n" not in str(error.value)
+
+
+def cut_file(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_datasets_of_different_environments_do_not_mix(tmp_path):
+    shutil.copytree(SAMPLE, tmp_path / "other")
+    metadata = tmp_path / "other" / "data" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("Hopper-v5", "Walker2d-v5"))
+    with pytest.raises(SystemExit, match="different environments, Hopper-v5 and Walker2d-v5"):
+        gta_diffusion.load_dataset(f"{SAMPLE}+{tmp_path / 'other'}")
 
 
 def make_minari(root, monkeypatch, dataset_id, observation_space, action_space, lengths=(5, 3)):
@@ -295,6 +332,8 @@ def test_absent_cuda_is_one_line(tmp_path):
         assert result.stderr.splitlines() == [
             "error: --device cuda: PyTorch finds no CUDA device; use --device cpu"
         ]
+        result = run(path, "--device", "gpu", cwd=tmp_path, code=1)
+        assert result.stderr.startswith("error: --device gpu: no device of PyTorch")
 
 
 # --- end to end ---

@@ -93,7 +93,7 @@ class PlainTD3BC:
 def test_update_is_the_papers_for_every_agent(float64):
     """Three agents at once against three plain single agents: losses and every weight."""
     args = make_args(num_seeds=3, seed=5)
-    agents = C.Agents(args, 11, 3, CPU)
+    agents = C.TD3BC(args, 11, 3, CPU)
     plain = [PlainTD3BC(agents, i, args.lr) for i in range(3)]
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 5):
@@ -116,8 +116,8 @@ def test_update_is_the_papers_for_every_agent(float64):
 
 def test_three_seeds_equal_three_single_agents(float64):
     args = make_args(num_seeds=3, seed=7)
-    together = C.Agents(args, 11, 3, CPU)
-    alone = [C.Agents(make_args(num_seeds=1, seed=7 + i), 11, 3, CPU) for i in range(3)]
+    together = C.TD3BC(args, 11, 3, CPU)
+    alone = [C.TD3BC(make_args(num_seeds=1, seed=7 + i), 11, 3, CPU) for i in range(3)]
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 7):
         batch, noise = random_batch(3, 32, generator)
@@ -182,7 +182,7 @@ def test_batches_are_rows_of_the_data_and_s4rl_only_moves_states():
 def test_evaluation_is_the_environments_return(dataset):
     """Against a plain loop over one environment after the other."""
     args = make_args(num_seeds=2, seed=3)
-    agents = C.Agents(args, 11, 3, CPU)
+    agents = C.TD3BC(args, 11, 3, CPU)
     scaling = C.make_scaling(dataset.episodes, dataset.source.action_space)
     returns = C.evaluate(agents, [C.make_env(dataset) for _ in range(4)], scaling, args, CPU)
     split = C.evaluate(agents, [C.make_env(dataset) for _ in range(2)], scaling, args, CPU)
@@ -228,7 +228,7 @@ def read_run(folder, pattern):
 
 def test_files_of_a_run(pipeline):
     folder, outputs = pipeline
-    name = r"td3bc-hopper-medium-sample-v0-{}-0-\d{{8}}-\d{{6}}"
+    name = r"td3bc-hopper-medium-sample-v0-{}-0-\d{{8}}-\d{{6}}-\d{{6}}"
     path, config, rows = read_run(folder, name.format("gta_mu_0.5_alpha_1.3_"))
     assert [(row["update"], row["seed"]) for row in rows] == [
         ("4", "0"), ("4", "1"), ("6", "0"), ("6", "1")
@@ -243,12 +243,11 @@ def test_files_of_a_run(pipeline):
         "hopper-medium-sample-v0 | td3bc + gta(mu 0.5, alpha 1.3) | "
         f"{np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 seeds"
     )
-    assert config["transitions"] == 40249 + 280 and config["num_seeds"] == 2
-
+    assert config["num_seeds"] == 2 and config["dataset_ids"] == ["hopper-medium-sample-v0"]
     _, config, _ = read_run(folder, name.format("gta_mu_0.5_alpha_1.3_only"))
-    assert config["transitions"] == 280
-    path, config, _ = read_run(folder, name.format("none"))
-    assert config["transitions"] == 40249
+    assert config["aug_only"] is True and config["eval_episodes"] == 2
+    _, config, _ = read_run(folder, name.format("none"))
+    assert config["aug"] is None and config["reference_returns"] == [-20.272305, 3234.3]
     assert " | td3bc | " in outputs["C"].splitlines()[-1]
 
 
@@ -257,7 +256,8 @@ def test_policy_loads_without_pickle_and_scores_the_same(pipeline):
     path, _, rows = read_run(folder, r"td3bc-hopper-medium-sample-v0-gta_mu_0.5_alpha_1.3_-.*")
     policy = torch.load(path / "policy.pt", weights_only=True)
     assert policy["algorithm"] == "td3bc" and policy["update"] == 6
-    flags = ["--load", path / "policy.pt", "--train-steps", 0, "--eval-episodes", 2]
+    assert set(policy["weights"]) == {"actor", "critic", "actor_target", "critic_target"}
+    flags = ["--load", path / "policy.pt", "--train-steps", 0, "--eval-episodes", 2, "--seed", 9]
     output = run(ROOT / "td3bc.py", *flags, cwd=folder).stdout
     scores = [float(row["score"]) for row in rows[-2:]]
     result = f"{np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 seeds"
@@ -278,7 +278,10 @@ def test_learns_on_the_bundled_dataset(tmp_path):
         (lambda path: path.write_bytes(b"no npz"), "not a whole buffer"),
         (lambda path: path.unlink(), "no such file"),
         (lambda path: np.savez(path, metadata="{}"), "not a whole buffer"),
-        (lambda path: edit(path, format="other"), "not a buffer of trajectories"),
+        (lambda path: np.savez(path, x=np.array([{}], object)), "not a whole buffer"),
+        (lambda path: edit(path, format="other"), "a other file, not a buffer"),
+        (lambda path: edit(path, arrays={"rewards": np.zeros((40, 6))}), "do not fit together"),
+        (lambda path: edit(path, drop="actions"), "lacks one of"),
         (lambda path: edit(path, format_version=2), "format version 2"),
         (lambda path: edit(path, dataset_ids=["pen"]), "contradicts"),
     ],
@@ -292,12 +295,28 @@ def test_a_bad_buffer_is_one_line(pipeline, tmp_path, damage, message):
     assert "\n" not in str(error.value)
 
 
-def edit(path, **changes):
-    """Rewrites a buffer with other metadata."""
+def edit(path, arrays=None, drop=None, **changes):
+    """Rewrites a buffer with other metadata or arrays."""
     with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    metadata = {**json.loads(str(arrays.pop("metadata"))), **changes}
-    np.savez(path, metadata=json.dumps(metadata), **arrays)
+        old = dict(file)
+    metadata = {**json.loads(str(old.pop("metadata"))), **changes}
+    old.pop(drop, None)
+    np.savez(path, metadata=json.dumps(metadata), **{**old, **(arrays or {})})
+
+
+def test_training_uses_what_was_asked_for(dataset, pipeline, capsys):
+    buffer = pipeline[0] / "buffer.npz"
+    own = sum(len(e.rewards) for e in dataset.episodes)
+    sizes = {}
+    for name, flags in {"none": {}, "both": {"aug": buffer}, "only": {"aug": buffer}}.items():
+        args = make_args(env=str(SAMPLE), aug_only=name == "only", **flags)
+        _, episodes, aug = C.load_episodes(args)
+        sizes[name] = sum(len(e.rewards) for e in episodes)
+        assert aug == {
+            "none": "none", "both": "gta(mu 0.5, alpha 1.3)", "only": "gta(mu 0.5, alpha 1.3) only"
+        }[name]  # fmt: skip
+    assert sizes == {"none": own, "both": own + 280, "only": 280}
+    assert C.load_episodes(make_args(env=str(SAMPLE), s4rl_sigma=3e-4))[2] == "s4rl(0.0003)"
 
 
 def test_env_that_contradicts_the_buffer_is_an_error(pipeline, tmp_path):
