@@ -54,7 +54,7 @@ class Args:
     out: Path = Path("buffer.npz")
     """file to write"""
     env: str | None = None
-    """where the dataset of the checkpoint is now, if it has moved"""
+    """where the checkpoint's dataset is now, if its folder has moved"""
     num_transitions: int = 5_000_000
     """transitions to generate, in subtrajectories of H (B.1)"""
     mu: float = 0.25
@@ -62,15 +62,16 @@ class Args:
     alpha: float = 1.1
     """amplification of the return that is asked for (eq. 8)"""
     guidance: float = 2.0
-    """w, scale of the classifier-free guidance (eq. 4, Table 7); 0 only conditions"""
+    """w, scale of the classifier-free guidance (eq. 4, Table 7); 0: condition without guidance, at
+    half the cost"""
     reweight_bins: int = 0
     """N_B > 0 draws sources with high returns more often (eq. 13, Table 9), for dense rewards"""
     reweight_u: float = 0.001
-    """u of eq. 13 (Table 9)"""
+    """u of eq. 13 (Table 9); larger: bins with few windows count less"""
     reweight_q: float = 5.0
-    """q of eq. 13 (Table 9)"""
+    """q of eq. 13 (Table 9); smaller: bins with low returns count less"""
     success_weight: float = 1.0
-    """c > 1 draws episodes, successful ones (return > 0) c times as often, then a window of the
+    """c > 1: successful episodes (return > 0) are drawn c times as often, then a window of the
     episode, for sparse rewards (B.2)"""
     restore_terminal_reward: bool = False
     """give terminal rewards back the penalty that stage A subtracted from them"""
@@ -81,7 +82,7 @@ class Args:
     sigma_max: float = 80.0
     """highest noise level (Table 7)"""
     rho: float = 7.0
-    """bend of the noise schedule (EDM, Table 1)"""
+    """bend of the noise schedule; larger: more steps at low noise (EDM, Table 1)"""
     s_churn: float = 80.0
     """noise that the sampler adds back on its way (Table 7); 0 makes it deterministic"""
     s_min: float = 0.05
@@ -206,8 +207,8 @@ def find_minari(source):
             return folder
     require(
         re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
-        f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
-        "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
+        f"--env {source}: not a folder here, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial; there is no medium-replay), or a Minari id (mujoco/hopper/medium-v0)",
     )
     folder = get_dataset_path(source)
     if (folder / "data" / "metadata.json").is_file():
@@ -521,12 +522,13 @@ class Denoiser(nn.Module):
 
 def load_checkpoint(path):
     """Reads diffusion.pt as plain tensors and values; nothing in it is executed."""
-    require(path.is_file(), f"{path}: no such file; gta_diffusion.py writes it")
+    require(path.is_file(), f"{path}: no such file; run gta_diffusion.py first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = checkpoint["format"], checkpoint["format_version"]
     except Exception as error:
-        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({first_line(error)})")
+        kind = type(error).__name__
+        sys.exit(f"error: {path}: not a whole checkpoint of gta_diffusion.py ({kind})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
     require(version == 1, f"{path}: format version {version}; this program reads version 1")
     return checkpoint
@@ -782,4 +784,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

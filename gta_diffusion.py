@@ -196,8 +196,8 @@ def find_minari(source):
             return folder
     require(
         re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
-        f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
-        "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
+        f"--env {source}: not a folder here, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial; there is no medium-replay), or a Minari id (mujoco/hopper/medium-v0)",
     )
     folder = get_dataset_path(source)
     if (folder / "data" / "metadata.json").is_file():
@@ -549,12 +549,13 @@ def set_rng_state(state, device):
 
 def load_checkpoint(path):
     """Reads diffusion.pt as plain tensors and values; nothing in it is executed."""
-    require(path.is_file(), f"{path}: no such file; gta_diffusion.py writes it")
+    require(path.is_file(), f"{path}: no such file; run gta_diffusion.py first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = checkpoint["format"], checkpoint["format_version"]
     except Exception as error:
-        sys.exit(f"error: {path}: not a whole diffusion checkpoint ({first_line(error)})")
+        kind = type(error).__name__
+        sys.exit(f"error: {path}: not a whole checkpoint of gta_diffusion.py ({kind})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
     require(version == 1, f"{path}: format version {version}; this program reads version 1")
     return checkpoint
@@ -690,4 +691,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

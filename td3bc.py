@@ -15,6 +15,7 @@
 
 A Minimalist Approach to Offline Reinforcement Learning (Fujimoto and Gu, NeurIPS 2021). TD3 whose
 actor also imitates the data: it maximises lambda Q(s, pi(s)) - (pi(s) - a)^2 (their eq. 3 and 5).
+The algorithm is under "TD3+BC" below. References such as C.3 are to the appendix of the GTA paper.
 
     python td3bc.py --env hopper-medium          the dataset alone
     python td3bc.py --aug buffer.npz             the dataset and the buffer
@@ -60,7 +61,7 @@ class Args:
     aug_only: bool = False
     """train on the buffer alone"""
     s4rl_sigma: float = 0.0
-    """S4RL baseline: deviation of the noise on a batch's standardised states (C.1: 3e-4)"""
+    """> 0 is the S4RL baseline: standard deviation of noise on standardised states (C.1: 3e-4)"""
     train_steps: int = 1_000_000
     """updates (C.3)"""
     batch_size: int = 1024
@@ -72,9 +73,9 @@ class Args:
     discount: float = 0.99
     """discount factor"""
     tau: float = 0.005
-    """share of the weights that the target networks take over in an update"""
+    """step of the target networks towards the trained ones (Polyak averaging)"""
     alpha: float = 2.5
-    """weight of the Q-value against imitation in the actor's loss (TD3+BC, eq. 5)"""
+    """larger: more Q, less imitation (TD3+BC, eq. 5); has nothing to do with gta_augment's alpha"""
     policy_noise: float = 0.2
     """standard deviation of the noise on the target policy's action"""
     noise_clip: float = 0.5
@@ -84,9 +85,10 @@ class Args:
     eval_every: int = 5_000
     """updates between two evaluations; the last update always has one"""
     eval_episodes: int | None = None
-    """episodes of an evaluation (C.3). Default: by domain, see BY_DOMAIN"""
+    """episodes of an evaluation (C.3). Default: 10 in locomotion, else 100"""
     load: Path | None = None
-    """policy.pt to start from; with --train-steps 0 it is only evaluated"""
+    """policy.pt to start from. Its agents keep their number and seeds, their optimizers start anew.
+    With --train-steps 0 it is only evaluated"""
     runs: Path = Path("runs")
     """folder for the run's folder"""
     seed: int = 0
@@ -211,8 +213,8 @@ def find_minari(source):
             return folder
     require(
         re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
-        f"--env {source}: not a folder, a short name that Minari has data for (hopper-medium, "
-        "kitchen-partial), or a Minari id (mujoco/hopper/medium-v0)",
+        f"--env {source}: not a folder here, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial; there is no medium-replay), or a Minari id (mujoco/hopper/medium-v0)",
     )
     folder = get_dataset_path(source)
     if (folder / "data" / "metadata.json").is_file():
@@ -330,11 +332,16 @@ def read_buffer(path):
         metadata = json.loads(str(buffer.pop("metadata")))
         kind, version = metadata["format"], metadata["format_version"]
     except Exception as error:
-        sys.exit(f"error: --aug {path}: not a whole buffer ({first_line(error)})")
+        sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
     require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
     require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
     keys = ("observations", "actions", "rewards", "terminals")
     require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
+    names = ("method", "env", "dataset_ids")
+    require(
+        all(name in metadata for name in names),
+        f"--aug {path}: its metadata lacks one of {', '.join(names)}",
+    )
     observations, actions, rewards, terminals = (buffer[key] for key in keys)
     fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
     fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
@@ -378,8 +385,8 @@ def load_episodes(args):
     dataset = load_dataset(args.env)
     require(
         dataset.ids == metadata["dataset_ids"],
-        f"--env {args.env} contradicts --aug {args.aug}, which was made from "
-        f"{'+'.join(metadata['dataset_ids'])}",
+        f"--aug {args.aug} was made from {'+'.join(metadata['dataset_ids'])}, which contradicts "
+        f"--env {args.env}, {'+'.join(dataset.ids)}",
     )
     keys = ("observations", "actions", "rewards", "terminals")
     generated = [Episode(*window) for window in zip(*(buffer[key] for key in keys))]
@@ -389,7 +396,8 @@ def load_episodes(args):
         f"--aug {args.aug}: observations and actions have {dims} dimensions, not {own_dims}",
     )
     settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
-    aug = f"{metadata['method']}({', '.join(settings)})" + (" only" if args.aug_only else "")
+    aug = metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+    aug += " only" if args.aug_only else ""
     print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
     aug += f" + {s4rl}" if s4rl else ""
     return dataset, generated if args.aug_only else dataset.episodes + generated, aug
@@ -421,7 +429,7 @@ def pack_transitions(episodes, scaling, device):
     return torch.from_numpy(packed).to(device)
 
 
-class Batch(NamedTuple):
+class Batch(NamedTuple):  # of one agent; a leading [num_seeds] outside of vmap
     s: torch.Tensor  # [B, obs_dim] standardised
     a: torch.Tensor  # [B, act_dim] in [-1, 1]
     r: torch.Tensor  # [B]
@@ -502,7 +510,8 @@ def td3bc_actor_loss(actor, critic, batch, args):
 class Stacked:
     """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
 
-    Networks and losses are written for one agent; vmap over params runs them for all of them.
+    Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
+    vmap over params runs them for all agents.
     """
 
     def __init__(self, networks, device):
@@ -522,7 +531,8 @@ class Stacked:
 def descend(optimizer, params, losses):
     """Takes a step on losses [num_seeds]. Their sum gives each agent the gradient of its own."""
     optimizer.zero_grad()
-    # backward lays gradients out like the weights, as the fused optimizer reads them; grad does not
+    # not torch.autograd.grad: the fused optimizer misreads a gradient that is laid out in memory
+    # otherwise than its weight, and only backward makes them alike
     losses.sum().backward(inputs=list(params.values()))
     optimizer.step()
 
@@ -569,14 +579,15 @@ def update(agents, batch, noise, with_actor, args):
     batch's fields are [num_seeds, B, ...], noise is [num_seeds, B, act_dim] unit normal. Returns
     the losses by name, each [num_seeds].
     """
-    actor, critic = agents.actor.bind, agents.critic.bind
+    bind_actor, bind_critic = agents.actor.bind, agents.critic.bind
 
     def critic_losses(params, target_params, actor_target_params, batch, noise):
-        target, actor_target = critic(target_params), actor(actor_target_params)
-        return td3_critic_loss(critic(params), target, actor_target, batch, noise, args)
+        critic, critic_target = bind_critic(params), bind_critic(target_params)
+        actor_target = bind_actor(actor_target_params)
+        return td3_critic_loss(critic, critic_target, actor_target, batch, noise, args)
 
     def actor_losses(params, critic_params, batch):
-        return td3bc_actor_loss(actor(params), critic(critic_params), batch, args)
+        return td3bc_actor_loss(bind_actor(params), bind_critic(critic_params), batch, args)
 
     losses = {
         "critic_loss": vmap(critic_losses)(
@@ -702,7 +713,7 @@ def save_policy(run, step, agents, scaling, dataset, aug, args):
         "algorithm": Path(__file__).stem,
         "args": plain_args(args),
         "env_id": dataset.env_id,
-        "aug": aug,
+        "aug_label": aug,
         "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
         "weights": agents.weights(),
         "update": step,
@@ -718,7 +729,7 @@ def load_policy(path):
         policy = torch.load(path, map_location="cpu", weights_only=True)
         kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
     except Exception as error:
-        sys.exit(f"error: --load {path}: not a whole policy file ({first_line(error)})")
+        sys.exit(f"error: --load {path}: not a whole policy.pt ({type(error).__name__})")
     require(kind == "gta-policy", f"--load {path}: a {kind} file, not a policy")
     require(version == 1, f"--load {path}: format version {version}; this program reads version 1")
     require(algorithm == script, f"--load {path}: a policy of {algorithm}.py, not of {script}.py")
@@ -752,15 +763,17 @@ def main(args):
     obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
     agents = TD3BC(args, obs_dim, act_dim, device)
     if policy:
-        require(policy["env_id"] == dataset.env_id, f"--load: a policy for {policy['env_id']}")
+        own, other = policy["env_id"], dataset.env_id
+        require(own == other, f"--load {args.load}: a policy for {own}, the dataset is of {other}")
         scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
-        aug = policy["aug"] if args.train_steps == 0 else aug
+        aug = policy["aug_label"] if args.train_steps == 0 else aug
         put_weights(agents, policy["weights"])
     data = pack_transitions(episodes, scaling, device)
     envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
     score_0, score_100 = reference_returns(dataset)
     run = start_run(args, dataset, aug, [score_0, score_100])
     torch.manual_seed(args.seed)
+    losses = {}  # the last ones, by name
 
     def train_step(with_actor):
         batch = draw_batch(data, args.num_seeds, args.batch_size, obs_dim, act_dim, args.s4rl_sigma)
@@ -773,14 +786,16 @@ def main(args):
         save_policy(run, step, agents, scaling, dataset, aug, args)
         return scores
 
-    losses, steps = {}, {flag: partial(train_step, flag) for flag in (False, True)}
-    eager_steps = max(10, 2 * args.policy_freq)  # a CUDA graph is recorded after a warm-up
+    train = {with_actor: partial(train_step, with_actor) for with_actor in (False, True)}
+    # a CUDA graph is recorded when both kinds of update have run and made the optimizers' state
+    eager_steps = max(10, 2 * args.policy_freq)
     progress = tqdm(range(1, args.train_steps + 1), unit="update")
     try:
         for step in progress:
             if records_graph(args, device) and step == eager_steps + 1:
-                steps = {flag: record_graph(train) for flag, train in steps.items()}
-            losses.update(steps[step % args.policy_freq == 0]())
+                train = {kind: record_graph(function) for kind, function in train.items()}
+            with_actor = step % args.policy_freq == 0
+            losses.update(train[with_actor]())
             if step % args.eval_every == 0 or step == args.train_steps:
                 scores = evaluate_and_save(step)
                 progress.set_postfix(score=f"{scores.mean():.1f}")
@@ -796,4 +811,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

@@ -364,7 +364,7 @@ def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
         ({"mu": 0.0}, "--mu 0.0: must lie in"),
         ({"mu": 1.5}, "--mu 1.5: must lie in"),
         ({"reweight_bins": 5, "success_weight": 10}, "choose one"),
-        ({"env": "pen-human-replay"}, "--env pen-human-replay: not a folder"),
+        ({"env": "pen-human-replay"}, "--env pen-human-replay: not a folder here"),
     ],
 )
 def test_bad_arguments_are_one_line(pipeline, tmp_path, changes, message):
@@ -381,7 +381,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line(pipeline, tmp_path):
     whole = (pipeline[0] / "diffusion.pt").read_bytes()
     for name, content in {"cut.pt": whole[: len(whole) // 2], "text.pt": b"hello"}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(SystemExit, match=f"{name}: not a whole diffusion checkpoint"):
+        with pytest.raises(SystemExit, match=f"{name}: not a whole checkpoint"):
             B.load_checkpoint(tmp_path / name)
     with pytest.raises(SystemExit, match="no such file"):
         B.load_checkpoint(tmp_path / "none.pt")

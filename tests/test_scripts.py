@@ -99,7 +99,7 @@ def test_copied_alone_it_helps_and_runs(path, pipeline, tmp_path):
         shutil.copy(pipeline[0] / "diffusion.pt", tmp_path)
     run(copy, *FLAGS[path.stem], "--env", SAMPLE.resolve(), cwd=tmp_path)
     without_data = run(copy, *FLAGS[path.stem], cwd=tmp_path, code=1).stderr
-    assert "error: --env data/hopper-medium-sample: not a folder" in without_data
+    assert "error: --env data/hopper-medium-sample: not a folder here" in without_data
 
 
 def test_every_argument_has_a_docstring():
@@ -136,7 +136,7 @@ def test_short_names(env, ids):
 
 @pytest.mark.parametrize("env", ["hopper-medium-replay", "hopper-medium/", "", "a+", "nonsense"])
 def test_unknown_env_is_one_line(env):
-    with pytest.raises(SystemExit, match="not a folder, a short name") as error:
+    with pytest.raises(SystemExit, match="not a folder here, a short name") as error:
         gta_diffusion.load_dataset(env)
     assert "\n" not in str(error.value)
 

@@ -283,7 +283,7 @@ def test_learns_on_the_bundled_dataset(tmp_path):
         (lambda path: edit(path, arrays={"rewards": np.zeros((40, 6))}), "do not fit together"),
         (lambda path: edit(path, drop="actions"), "lacks one of"),
         (lambda path: edit(path, format_version=2), "format version 2"),
-        (lambda path: edit(path, dataset_ids=["pen"]), "contradicts"),
+        (lambda path: edit(path, dataset_ids=["pen"]), "made from pen, which contradicts"),
     ],
 )
 def test_a_bad_buffer_is_one_line(pipeline, tmp_path, damage, message):
