@@ -417,9 +417,10 @@ def make_scaling(episodes, action_space):
 
 
 def pack_transitions(episodes, scaling, device):
-    """Returns all transitions s, a, r, s', terminal as the rows of one tensor on the device, so
-    that a batch is one gather. [N, 2 obs_dim + act_dim + 2]"""
+    """Returns all transitions as rows of one tensor, so that a batch is one gather.
 
+    A row is s, a, r, s', terminal: [N, 2 obs_dim + act_dim + 2].
+    """
     s = scaling.states(np.concatenate([e.observations[:-1] for e in episodes]))
     a = scaling.actions(np.concatenate([e.actions for e in episodes]))
     r = np.concatenate([e.rewards for e in episodes])
