@@ -161,7 +161,7 @@ def test_training_halves_the_loss_on_the_batches_of_the_paper(tmp_path, monkeypa
     edm_loss = A.edm_loss
     monkeypatch.setattr(A, "edm_loss", recorded_loss)
     args = make_args(tmp_path)
-    args.batch_size, args.train_steps, args.horizon, args.lr = 32, 150, 15, 1e-3
+    args.batch_size, args.train_steps, args.horizon, args.lr = 32, 320, 15, 2e-3
     A.main(args)
     x, y, keep, sigma, noise, loss = (torch.stack(field) for field in zip(*seen))
     # single batches jump where a window holds a penalised reward: medians
