@@ -620,6 +620,8 @@ def main(args):
         set_rng_state(checkpoint["rng"], device)
         first_step = checkpoint["step"]
         print(f"resumed {args.out} at step {first_step} of {args.train_steps}")
+        if first_step == args.train_steps:
+            return
     elif args.resume:
         print(f"nothing to resume at {args.out}, starting at step 0")
 

@@ -224,6 +224,10 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_the_same(tmp_path, 
     assert whole["scheduler"]["T_0"] == 12 // 10  # restarts every tenth of the run
     assert not list(tmp_path.rglob("*.tmp"))
 
+    finished = (tmp_path / "stopped" / "diffusion.pt").read_bytes()
+    A.main(make_args(tmp_path / "stopped", resume=True))
+    assert (tmp_path / "stopped" / "diffusion.pt").read_bytes() == finished
+
 
 def test_resume_with_other_settings_is_an_error(tmp_path):
     A.main(make_args(tmp_path))
