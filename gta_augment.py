@@ -191,9 +191,11 @@ def resolve_env(env):
     """Returns the Minari ids and folders that --env stands for."""
     sources = []
     for part in env.split("+"):
-        matches = ((re.fullmatch(pattern, part), ids) for pattern, ids in SHORT_NAMES.items())
-        found = [[i.format(*match.groups()) for i in ids] for match, ids in matches if match]
-        sources += found[0] if found else [part]
+        names = [part]
+        for pattern, ids in SHORT_NAMES.items():
+            if match := re.fullmatch(pattern, part):
+                names = [minari_id.format(*match.groups()) for minari_id in ids]
+        sources += names
     return sources
 
 

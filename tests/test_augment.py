@@ -220,21 +220,24 @@ def test_buffer_has_the_documented_arrays(pipeline):
     assert metadata["diffusion"]["train_steps"] == 6
 
 
-def test_windows_match_their_sources(pipeline, dataset, tmp_path):
-    """With a tiny mu the generated window is its source, row by row."""
-    args = B.Args(
-        checkpoint=pipeline[0] / "diffusion.pt",
-        out=tmp_path / "buffer.npz",
-        num_transitions=7 * 1000,
-        mu=0.01,
-        alpha=1.3,
-        guidance=0.0,
-        device="cpu",
-        compile=False,
+def make_args(pipeline, out, **changes):
+    return B.Args(
+        checkpoint=pipeline[0] / "diffusion.pt", out=out, device="cpu", compile=False, **changes
     )
+
+
+def augment(args):
+    """Runs stage B and returns the arrays of its buffer."""
     B.main(args)
     with np.load(args.out, allow_pickle=False) as file:
-        buffer = dict(file)
+        return dict(file)
+
+
+def test_windows_match_their_sources(pipeline, dataset, tmp_path):
+    """With a tiny mu the generated window is its source, row by row."""
+    sizes = {"num_transitions": 7 * 1000, "mu": 0.01, "alpha": 1.3, "guidance": 0.0}
+    args = make_args(pipeline, tmp_path / "buffer.npz", **sizes)
+    buffer = augment(args)
     assert buffer["terminals"].any(), "draw more windows: the test needs a terminal"
     error = []
     for n in range(len(buffer["rewards"])):
@@ -252,9 +255,7 @@ def test_windows_match_their_sources(pipeline, dataset, tmp_path):
     assert np.abs(buffer["actions"]).max() <= 1.0
 
     args.restore_terminal_reward, args.out = True, tmp_path / "restored.npz"
-    B.main(args)
-    with np.load(args.out, allow_pickle=False) as file:
-        difference = file["rewards"] - buffer["rewards"]
+    difference = augment(args)["rewards"] - buffer["rewards"]
     np.testing.assert_allclose(difference, 100.0 * buffer["terminals"], atol=1e-4)
 
 
@@ -273,20 +274,10 @@ def test_summary():
 
 
 def test_same_seed_same_buffer(pipeline, tmp_path):
-    arrays = []
-    for name in ("one.npz", "other.npz"):
-        args = B.Args(
-            checkpoint=pipeline[0] / "diffusion.pt",
-            out=tmp_path / name,
-            num_transitions=70,
-            num_steps=8,
-            reweight_bins=5,
-            device="cpu",
-            compile=False,
-        )
-        B.main(args)
-        with np.load(args.out, allow_pickle=False) as file:
-            arrays.append(dict(file))
+    sizes = {"num_transitions": 70, "num_steps": 8, "reweight_bins": 5}
+    arrays = [
+        augment(make_args(pipeline, tmp_path / name, **sizes)) for name in ("one.npz", "other.npz")
+    ]
     for key in BUFFER:
         assert (arrays[0][key] == arrays[1][key]).all(), key
 
@@ -320,9 +311,9 @@ def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
 
     monkeypatch.setattr(B, "edm_sampler", sampler)
     monkeypatch.setattr(B, "draw_sources", draw)
-    args = B.Args(
-        checkpoint=pipeline[0] / "diffusion.pt",
-        out=tmp_path / "b.npz",
+    args = make_args(
+        pipeline,
+        tmp_path / "b.npz",
         num_transitions=70,
         mu=0.5,
         alpha=1.3,
@@ -333,7 +324,6 @@ def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
         s_max=40.0,
         s_noise=1.01,
         success_weight=3.0,
-        device="cpu",
     )
     B.main(args)
     assert seen["w"] == 1.5 and seen["s"] == (0.1, 40.0, 1.01) and seen["gamma"] == 4 / 20
@@ -368,9 +358,7 @@ def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
     ],
 )
 def test_bad_arguments_are_one_line(pipeline, tmp_path, changes, message):
-    args = B.Args(checkpoint=pipeline[0] / "diffusion.pt", out=tmp_path / "b.npz", device="cpu")
-    for key, value in changes.items():
-        setattr(args, key, value)
+    args = make_args(pipeline, tmp_path / "b.npz", **changes)
     with pytest.raises(SystemExit, match=message) as error:
         B.main(args)
     assert "\n" not in str(error.value)
