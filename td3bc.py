@@ -20,13 +20,13 @@ The algorithm is under "TD3+BC" below. References such as C.3 are to the appendi
     python td3bc.py --env hopper-medium          the dataset alone
     python td3bc.py --aug buffer.npz             the dataset and the buffer
     python td3bc.py --aug buffer.npz --aug-only  the buffer alone
+    python td3bc.py --resume runs/<name>         a run that was killed, from its last evaluation
 
 Reads:  an offline dataset (--env) and a buffer of gta_augment.py (--aug)
 Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, policy.pt
 """
 
 import copy
-import csv
 import json
 import os
 import re
@@ -82,6 +82,12 @@ class Args:
     """bound of that noise"""
     policy_freq: int = 2
     """critic updates for one update of the actor and the targets"""
+    normalize_reward: bool = False
+    """scale rewards so that the dataset's episode returns span 1000 (IQL's locomotion)"""
+    reward_scale: float = 1.0
+    """training sees reward_scale * reward + reward_bias; evaluation counts the plain rewards"""
+    reward_bias: float | None = None
+    """see --reward-scale. Default: -1 in AntMaze, else 0"""
     eval_every: int = 5_000
     """updates between two evaluations; the last update always has one"""
     eval_episodes: int | None = None
@@ -89,6 +95,8 @@ class Args:
     load: Path | None = None
     """policy.pt to start from. Its agents keep their number and seeds, their optimizers start anew.
     With --train-steps 0 it is only evaluated"""
+    resume: Path | None = None
+    """folder of a run that was killed: continues it from its last evaluation, with its flags"""
     runs: Path = Path("runs")
     """folder for the run's folder"""
     seed: int = 0
@@ -106,11 +114,9 @@ class Args:
 
 
 BY_DOMAIN = {  # what differs by domain; a flag overrides it
-    "locomotion": {"eval_episodes": 10},  # GTA, C.3
-    "maze2d": {"eval_episodes": 100},
-    "antmaze": {"eval_episodes": 100},
-    "adroit": {"eval_episodes": 100},
-    "kitchen": {"eval_episodes": 100},
+    "default": {"eval_episodes": 100, "reward_bias": 0.0},  # GTA, C.3
+    "locomotion": {"eval_episodes": 10},
+    "antmaze": {"reward_bias": -1.0},  # CORL
 }
 
 
@@ -152,6 +158,21 @@ def plain_args(args):
 def first_line(error):
     """Returns what an exception says, cut to one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def get_rng_state(device):
+    """Returns the states of the generators that training draws from, as plain tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    """Puts back what get_rng_state returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def write_atomically(path, write):
@@ -292,8 +313,16 @@ DOMAINS = {"antmaze": "antmaze", "maze": "maze2d", "adroit": "adroit", "kitchen"
 
 
 def domain_of(env_id):
-    """Returns the domain, a key of BY_DOMAIN, of a Gymnasium id."""
+    """Returns the domain of a Gymnasium id: locomotion, maze2d, antmaze, adroit or kitchen."""
     return next((d for word, d in DOMAINS.items() if word in env_id.lower()), "locomotion")
+
+
+def fill_in_by_domain(args, env_id):
+    """Sets the arguments that were left at None to those of the environment's domain."""
+    values = {**BY_DOMAIN["default"], **BY_DOMAIN.get(domain_of(env_id), {})}
+    for key, value in values.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
 
 
 REFERENCE_RETURNS = {  # of a random and of an expert policy, from D4RL
@@ -374,14 +403,15 @@ def load_episodes(args):
     """Loads what --env, --aug and --aug-only ask for.
 
     Fills in args.env. Returns the dataset, the episodes to train on (generated windows are
-    episodes, too) and the words that name the augmentation.
+    episodes, too, and come last), the buffer's arrays or None, and the words that name the
+    augmentation.
     """
     require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
     s4rl = f"s4rl({args.s4rl_sigma})" if args.s4rl_sigma else ""
     if args.aug is None:
         args.env = args.env or "data/hopper-medium-sample"
         dataset = load_dataset(args.env)
-        return dataset, dataset.episodes, s4rl or "none"
+        return dataset, dataset.episodes, None, s4rl or "none"
     buffer, metadata = read_buffer(args.aug)
     args.env = args.env or metadata["env"]
     dataset = load_dataset(args.env)
@@ -402,7 +432,19 @@ def load_episodes(args):
     aug += " only" if args.aug_only else ""
     print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
     aug += f" + {s4rl}" if s4rl else ""
-    return dataset, generated if args.aug_only else dataset.episodes + generated, aug
+    episodes = generated if args.aug_only else dataset.episodes + generated
+    return dataset, episodes, buffer, aug
+
+
+def scale_rewards(episodes, dataset, args):
+    """Returns the episodes with the rewards to train on: reward_scale * r + reward_bias."""
+    scale = args.reward_scale
+    if args.normalize_reward:
+        returns = [e.rewards.sum() for e in dataset.episodes]
+        span = max(returns) - min(returns)
+        require(span > 0, "--normalize-reward: all episodes of the dataset have the same return")
+        scale *= 1000 / span
+    return [e._replace(rewards=scale * e.rewards + args.reward_bias) for e in episodes]
 
 
 def make_scaling(episodes, action_space):
@@ -453,36 +495,100 @@ def draw_batch(data, num_seeds, batch_size, obs_dim, act_dim, s4rl_sigma):
 # --- networks ---
 
 
-def mlp(*sizes):
-    """Linear layers with ReLU between them: mlp(11, 256, 256, 3)."""
-    layers = []
-    for size_in, size_out in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(size_in, size_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def mlp(*sizes, dropout=0.0):
+    """Linear layers with ReLU, and dropout if there is any, between them: mlp(11, 256, 256, 3)."""
+    layers = [nn.Linear(*sizes[:2])]
+    for size_in, size_out in zip(sizes[1:-1], sizes[2:]):
+        layers += [nn.ReLU(), nn.Dropout(dropout)] if dropout else [nn.ReLU()]
+        layers.append(nn.Linear(size_in, size_out))
+    return nn.Sequential(*layers)
 
 
 class DeterministicActor(nn.Module):
     """pi(s). [B, obs_dim] -> [B, act_dim] in [-1, 1]"""
 
-    def __init__(self, obs_dim, act_dim):
+    def __init__(self, obs_dim, act_dim, dropout=0.0):
         super().__init__()
-        self.net = mlp(obs_dim, 256, 256, act_dim)
+        self.net = mlp(obs_dim, 256, 256, act_dim, dropout=dropout)
 
     def forward(self, s):
         return torch.tanh(self.net(s))
 
 
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2. s [B, obs_dim], a [B, act_dim] -> two of [B]"""
+    """Q_1 and Q_2. s [..., obs_dim], a [..., act_dim] -> two of [...]"""
 
-    def __init__(self, obs_dim, act_dim):
+    def __init__(self, obs_dim, act_dim, hidden=(256, 256)):
         super().__init__()
-        self.q1 = mlp(obs_dim + act_dim, 256, 256, 1)
-        self.q2 = mlp(obs_dim + act_dim, 256, 256, 1)
+        self.q1 = mlp(obs_dim + act_dim, *hidden, 1)
+        self.q2 = mlp(obs_dim + act_dim, *hidden, 1)
 
     def forward(self, s, a):
         sa = torch.cat([s, a], dim=-1)
         return self.q1(sa).squeeze(-1), self.q2(sa).squeeze(-1)
+
+
+# --- all agents at once ---
+
+
+class Stacked:
+    """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
+
+    Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
+    vmap over params runs them for all agents.
+    """
+
+    def __init__(self, networks, device):
+        params, _ = stack_module_state(networks)
+        self.params = {k: p.detach().to(device).requires_grad_() for k, p in params.items()}
+        self.module = copy.deepcopy(networks[0]).to("meta")  # the function without weights
+
+    def bind(self, params):
+        """Returns the network of one agent, given its weights, as a function."""
+        return lambda *inputs: functional_call(self.module, params, inputs)
+
+    def copy_params(self):
+        """Returns the weights of target networks that start where these are."""
+        return {k: p.detach().clone() for k, p in self.params.items()}
+
+
+def adam(networks, args, device):
+    """Returns an Adam for networks, a list of (weights by name, learning rate)."""
+    groups = [{"params": list(params.values()), "lr": lr} for params, lr in networks]
+    return torch.optim.Adam(groups, fused=True, capturable=records_graph(args, device))
+
+
+def descend(optimizer, losses):
+    """Takes a step on losses [num_seeds]. Their sum gives each agent the gradient of its own."""
+    optimizer.zero_grad()
+    # not torch.autograd.grad: the fused optimizer misreads a gradient that is laid out in memory
+    # otherwise than its weight, and only backward makes them alike
+    losses.sum().backward(inputs=[p for g in optimizer.param_groups for p in g["params"]])
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target, params, tau):
+    """Moves the target's weights by the share tau towards the network's."""
+    torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
+
+
+def records_graph(args, device):
+    """Whether updates run as recorded CUDA graphs."""
+    return device.type == "cuda" and args.compile is not False
+
+
+def record_graph(function):
+    """Records what function() does on the GPU; returns a function that does it in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 # --- TD3+BC ---
@@ -510,42 +616,6 @@ def td3bc_actor_loss(actor, critic, batch, args):
     return -lmbda * q.mean() + F.mse_loss(pi, batch.a)
 
 
-class Stacked:
-    """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
-
-    Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
-    vmap over params runs them for all agents.
-    """
-
-    def __init__(self, networks, device):
-        params, _ = stack_module_state(networks)
-        self.params = {k: p.detach().to(device).requires_grad_() for k, p in params.items()}
-        self.module = copy.deepcopy(networks[0]).to("meta")  # the function without weights
-
-    def bind(self, params):
-        """Returns the network of one agent, given its weights, as a function."""
-        return lambda *inputs: functional_call(self.module, params, inputs)
-
-    def copy_params(self):
-        """Returns the weights of target networks that start where these are."""
-        return {k: p.detach().clone() for k, p in self.params.items()}
-
-
-def descend(optimizer, params, losses):
-    """Takes a step on losses [num_seeds]. Their sum gives each agent the gradient of its own."""
-    optimizer.zero_grad()
-    # not torch.autograd.grad: the fused optimizer misreads a gradient that is laid out in memory
-    # otherwise than its weight, and only backward makes them alike
-    losses.sum().backward(inputs=list(params.values()))
-    optimizer.step()
-
-
-@torch.no_grad()
-def polyak(target, params, tau):
-    """Moves the target's weights by the share tau towards the network's."""
-    torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
-
-
 class TD3BC:
     """num_seeds agents of TD3+BC: networks, target networks, optimizers."""
 
@@ -557,17 +627,15 @@ class TD3BC:
             critics.append(TwinCritic(obs_dim, act_dim))
         self.actor, self.critic = Stacked(actors, device), Stacked(critics, device)
         self.actor_target, self.critic_target = self.actor.copy_params(), self.critic.copy_params()
-        options = {"lr": args.lr, "fused": True, "capturable": records_graph(args, device)}
-        self.actor_optimizer = torch.optim.Adam(self.actor.params.values(), **options)
-        self.critic_optimizer = torch.optim.Adam(self.critic.params.values(), **options)
-
-    def weights(self):
-        """Returns all weights by network, for policy.pt."""
-        return {
+        self.weights = {  # all that policy.pt holds
             "actor": self.actor.params,
             "critic": self.critic.params,
             "actor_target": self.actor_target,
             "critic_target": self.critic_target,
+        }
+        self.optimizers = {
+            "actor": adam([(self.actor.params, args.lr)], args, device),
+            "critic": adam([(self.critic.params, args.lr)], args, device),
         }
 
     @torch.no_grad()
@@ -597,31 +665,13 @@ def update(agents, batch, noise, with_actor, args):
             agents.critic.params, agents.critic_target, agents.actor_target, batch, noise
         )
     }
-    descend(agents.critic_optimizer, agents.critic.params, losses["critic_loss"])
+    descend(agents.optimizers["critic"], losses["critic_loss"])
     if with_actor:
         losses["actor_loss"] = vmap(actor_losses)(agents.actor.params, agents.critic.params, batch)
-        descend(agents.actor_optimizer, agents.actor.params, losses["actor_loss"])
+        descend(agents.optimizers["actor"], losses["actor_loss"])
         polyak(agents.critic_target, agents.critic.params, args.tau)
         polyak(agents.actor_target, agents.actor.params, args.tau)
     return {name: loss.detach() for name, loss in losses.items()}
-
-
-def records_graph(args, device):
-    """Whether updates run as recorded CUDA graphs."""
-    return device.type == "cuda" and args.compile is not False
-
-
-def record_graph(function):
-    """Records what function() does on the GPU; returns a function that does it in one launch."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-
-    def replay():
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 # --- evaluation ---
@@ -668,13 +718,74 @@ def evaluate(agents, envs, scaling, args, device):
 # --- run ---
 
 
+def load_policy(path, flag):
+    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
+    script = Path(__file__).stem
+    require(path.is_file(), f"{flag} {path}: no such file; the first evaluation of a run writes it")
+    try:
+        policy = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+    except Exception as error:
+        sys.exit(f"error: {flag} {path}: not a whole policy.pt ({type(error).__name__})")
+    require(kind == "gta-policy", f"{flag} {path}: a {kind} file, not a policy")
+    require(version == 1, f"{flag} {path}: format version {version}; this program reads version 1")
+    require(algorithm == script, f"{flag} {path}: a policy of {algorithm}.py, not of {script}.py")
+    return policy
+
+
+def load_start(args):
+    """Returns the policy.pt that --load or --resume names, or None, and takes over its flags.
+
+    --load takes the number of agents, their seeds and, if no data is named, the dataset. --resume
+    takes every flag that makes a difference, and exits if another value of one was typed.
+    """
+    require(not (args.load and args.resume), "--load and --resume exclude each other")
+    if args.load:
+        policy = load_policy(args.load, "--load")
+        args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
+        args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
+        return policy
+    if args.resume is None:
+        return None
+    policy = load_policy(args.resume / "policy.pt", "--resume")
+    typed, default = plain_args(args), plain_args(Args())
+    free = {"resume", "load", "runs", "device", "compile", "track"}
+    for key in [key for key in typed if key not in free and not key.startswith("wandb")]:
+        old = policy["args"][key]
+        require(
+            typed[key] in (old, default[key]),
+            f"--resume {args.resume}: was trained with {key} = {old}, not {typed[key]}; give no "
+            "other flags than those of the device and of wandb",
+        )
+        setattr(args, key, Path(old) if key == "aug" and old else old)
+    return policy
+
+
+def put_weights(agents, policy):
+    """Copies the weights of policy.pt into agents."""
+    for name, params in agents.weights.items():
+        for key, p in params.items():
+            own = policy["weights"].get(name, {}).get(key)
+            fits = own is not None and own.shape == p.shape
+            require(fits, f"policy.pt: {name} {key} does not fit this network; use the same flags")
+            p.data.copy_(own)
+
+
+def put_training_state(agents, policy, device):
+    """Puts the optimizers and the random generators back to where policy.pt was written."""
+    for name, optimizer in agents.optimizers.items():
+        own_groups = optimizer.state_dict()["param_groups"]
+        state = {"state": policy["optimizers"][name], "param_groups": own_groups}
+        optimizer.load_state_dict(state)
+    set_rng_state(policy["rng"], device)
+
+
 def start_run(args, dataset, aug, references):
-    """Makes the run's folder with config.json and an empty evals.csv. Returns it."""
+    """Makes the run's folder with config.json, or takes that of --resume. Returns it."""
     script = Path(__file__).stem
     now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     label = f"{script}-{dataset.name}-{aug}-{args.seed}-{now}"
-    run = args.runs / re.sub(r"[^\w.+-]+", "_", label)
-    run.mkdir(parents=True)
+    run = args.resume or args.runs / re.sub(r"[^\w.+-]+", "_", label)
     config = {
         "script": script,
         **plain_args(args),
@@ -684,99 +795,83 @@ def start_run(args, dataset, aug, references):
         "env_id": dataset.env_id,
         "reference_returns": references,
     }
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(run / "config.json", lambda file: file.write(text.encode()))
-    with open(run / "evals.csv", "w", newline="") as file:
-        csv.writer(file).writerow(["update", "seed", "return", "score"])
+    if args.resume is None:
+        run.mkdir(parents=True)
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomically(run / "config.json", lambda file: file.write(text.encode()))
     if args.track:
         import wandb
 
-        entity = args.wandb_entity
-        wandb.init(project=args.wandb_project, entity=entity, name=run.name, config=config)
+        names = {"project": args.wandb_project, "entity": args.wandb_entity, "name": run.name}
+        wandb.init(**names, id=run.name, resume="allow", config=config)
     return run
 
 
-def record_evaluation(run, step, returns, scores, losses, args):
-    """Appends a row per seed to evals.csv. returns, scores [num_seeds]; losses by name, same."""
-    with open(run / "evals.csv", "a", newline="") as file:
-        for seed, (value, score) in enumerate(zip(returns, scores), start=args.seed):
-            csv.writer(file).writerow([step, seed, f"{value:.4f}", f"{score:.4f}"])
-    if args.track:
-        import wandb
-
-        log = {name: loss.mean().item() for name, loss in losses.items()}
-        wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
-
-
-def save_policy(run, step, agents, scaling, dataset, aug, args):
-    """Writes policy.pt: the weights of all agents, and what is needed to act with them."""
+def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
+    """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
     policy = {
         "format": "gta-policy",
         "format_version": 1,
         "algorithm": Path(__file__).stem,
         "args": plain_args(args),
         "env_id": dataset.env_id,
+        "dataset_ids": dataset.ids,
         "aug_label": aug,
         "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
-        "weights": agents.weights(),
+        "weights": agents.weights,
+        "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
+        "rng": get_rng_state(device),
         "update": step,
+        "evals": evals,
     }
     write_atomically(run / "policy.pt", lambda file: torch.save(policy, file))
 
 
-def load_policy(path):
-    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
-    script = Path(__file__).stem
-    require(path.is_file(), f"--load {path}: no such file")
-    try:
-        policy = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
-    except Exception as error:
-        sys.exit(f"error: --load {path}: not a whole policy.pt ({type(error).__name__})")
-    require(kind == "gta-policy", f"--load {path}: a {kind} file, not a policy")
-    require(version == 1, f"--load {path}: format version {version}; this program reads version 1")
-    require(algorithm == script, f"--load {path}: a policy of {algorithm}.py, not of {script}.py")
-    return policy
+def write_evals(run, evals):
+    """Writes evals.csv: a row of update, seed, return, score for every agent and evaluation."""
+    rows = [f"{step},{seed},{value:.4f},{score:.4f}\n" for step, seed, value, score in evals]
+    text = "".join(["update,seed,return,score\n", *rows])
+    write_atomically(run / "evals.csv", lambda file: file.write(text.encode()))
 
 
-def put_weights(agents, weights):
-    """Copies the weights of policy.pt into agents."""
-    with torch.no_grad():
-        for name, params in agents.weights().items():
-            for key, p in params.items():
-                p.copy_(weights[name][key])
+def log_to_wandb(step, losses, returns, scores):
+    """Logs the means over the seeds."""
+    import wandb
+
+    log = {name: loss.mean().item() for name, loss in losses.items()}
+    wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
 
 
 def main(args):
+    policy = load_start(args)
     require_positive(args, "batch_size", "num_seeds", "eval_every", "policy_freq", "lr")
     require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
     require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
     device = pick_device(args.device)
 
-    policy = load_policy(args.load) if args.load else None
-    if policy:  # its agents keep their seeds and, if no data is named, their dataset
-        args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
-        args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
-    dataset, episodes, aug = load_episodes(args)
-    for key, value in BY_DOMAIN[domain_of(dataset.env_id)].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    require_positive(args, "eval_episodes")
+    dataset, episodes, _, aug = load_episodes(args)
+    fill_in_by_domain(args, dataset.env_id)
+    require_positive(args, "eval_episodes", "reward_scale")
     scaling = make_scaling(episodes, dataset.source.action_space)
-    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
-    agents = TD3BC(args, obs_dim, act_dim, device)
     if policy:
         own, other = policy["env_id"], dataset.env_id
-        require(own == other, f"--load {args.load}: a policy for {own}, the dataset is of {other}")
+        require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
         scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
         aug = policy["aug_label"] if args.train_steps == 0 else aug
-        put_weights(agents, policy["weights"])
-    data = pack_transitions(episodes, scaling, device)
+    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
+    data = pack_transitions(scale_rewards(episodes, dataset, args), scaling, device)
+    agents = TD3BC(args, obs_dim, act_dim, device)
+    if policy:
+        put_weights(agents, policy)
     envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
     score_0, score_100 = reference_returns(dataset)
     run = start_run(args, dataset, aug, [score_0, score_100])
     torch.manual_seed(args.seed)
-    losses = {}  # the last ones, by name
+    first_step, evals, losses = 0, [], {}
+    if args.resume:
+        put_training_state(agents, policy, device)
+        first_step, evals = policy["update"], policy["evals"]
+        print(f"resumed {run} at update {first_step} of {args.train_steps}")
 
     def train_step(with_actor):
         batch = draw_batch(data, args.num_seeds, args.batch_size, obs_dim, act_dim, args.s4rl_sigma)
@@ -785,28 +880,33 @@ def main(args):
     def evaluate_and_save(step):
         returns = evaluate(agents, envs, scaling, args, device)
         scores = 100 * (returns - score_0) / (score_100 - score_0)
-        record_evaluation(run, step, returns, scores, losses, args)
-        save_policy(run, step, agents, scaling, dataset, aug, args)
-        return scores
+        for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
+            evals.append([step, seed, *row])
+        save_policy(run, step, agents, evals, scaling, dataset, aug, args, device)
+        write_evals(run, evals)
+        if args.track:
+            log_to_wandb(step, losses, returns, scores)
+        progress.set_postfix(score=f"{scores.mean():.1f}")
 
     train = {with_actor: partial(train_step, with_actor) for with_actor in (False, True)}
     # a CUDA graph is recorded when both kinds of update have run and made the optimizers' state
-    eager_steps = max(10, 2 * args.policy_freq)
-    progress = tqdm(range(1, args.train_steps + 1), unit="update")
+    last_eager_step = first_step + max(10, 2 * args.policy_freq)
+    steps = range(first_step + 1, args.train_steps + 1)
+    progress = tqdm(steps, initial=first_step, total=args.train_steps, unit="update")
     try:
         for step in progress:
-            if records_graph(args, device) and step == eager_steps + 1:
+            if records_graph(args, device) and step == last_eager_step + 1:
                 train = {kind: record_graph(function) for kind, function in train.items()}
-            with_actor = step % args.policy_freq == 0
-            losses.update(train[with_actor]())
+            losses.update(train[step % args.policy_freq == 0]())
             if step % args.eval_every == 0 or step == args.train_steps:
-                scores = evaluate_and_save(step)
-                progress.set_postfix(score=f"{scores.mean():.1f}")
+                evaluate_and_save(step)
         if args.train_steps == 0:
-            scores = evaluate_and_save(0)
+            evaluate_and_save(0)
     except KeyboardInterrupt:
         progress.close()
-        sys.exit(f"interrupted; {run} holds everything up to the last evaluation")
+        sys.exit(f"interrupted; --resume {run} continues from its last evaluation, if there is one")
+    write_evals(run, evals)  # a resumed run may have been killed just before it wrote them
+    scores = np.array([score for _, _, _, score in evals[-args.num_seeds :]])
     algorithm = Path(__file__).stem + ("" if aug == "none" else f" + {aug}")
     seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
     print(f"wrote {run}")

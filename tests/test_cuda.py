@@ -31,7 +31,7 @@ def test_recorded_td3bc_updates_equal_eager_ones():
             if recorded and step == 11:
                 steps = {flag: C.record_graph(train) for flag, train in steps.items()}
             steps[step % 2 == 0]()
-        weights.append(agents.weights())
+        weights.append(agents.weights)
     for name, params in weights[0].items():
         for key, p in params.items():
             torch.testing.assert_close(p, weights[1][name][key], atol=1e-3, rtol=0)

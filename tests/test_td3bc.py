@@ -40,7 +40,7 @@ class PlainTD3BC:
 
     def __init__(self, agents, i, lr):
         self.nets = {}
-        for name, params in agents.weights().items():
+        for name, params in agents.weights.items():
             stacks = {}
             for key, p in params.items():
                 net, layer, kind = key.split(".")
@@ -106,7 +106,7 @@ def test_update_is_the_papers_for_every_agent(float64):
                 assert losses["actor_loss"][i].item() == pytest.approx(expected[1], rel=1e-9)
             else:
                 assert "actor_loss" not in losses
-    for name, params in agents.weights().items():
+    for name, params in agents.weights.items():
         for key, p in params.items():
             net, layer, kind = key.split(".")
             for i, agent in enumerate(plain):
@@ -125,10 +125,10 @@ def test_three_seeds_equal_three_single_agents(float64):
         for i, agent in enumerate(alone):
             own = C.Batch(*(field[i : i + 1] for field in batch))
             C.update(agent, own, noise[i : i + 1], step % 2 == 0, args)
-    for name, params in together.weights().items():
+    for name, params in together.weights.items():
         for key, p in params.items():
             for i, agent in enumerate(alone):
-                torch.testing.assert_close(p[i], agent.weights()[name][key][0], atol=1e-9, rtol=0)
+                torch.testing.assert_close(p[i], agent.weights[name][key][0], atol=1e-9, rtol=0)
     first = together.actor.params["net.0.weight"]
     assert (first[0] - first[1]).abs().max() > 0.01
 

@@ -1,0 +1,975 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch",
+#     "numpy",
+#     "gymnasium[mujoco]",
+#     "minari[hdf5,hf]",
+#     "huggingface_hub",
+#     "tyro",
+#     "tqdm",
+#     "wandb",
+# ]
+# ///
+"""Decision Transformer on an offline dataset, alone or with trajectories that GTA generated.
+
+Decision Transformer: Reinforcement Learning via Sequence Modeling (Chen et al., NeurIPS 2021). A
+causal transformer reads returns to go, states and actions, and predicts the dataset's actions.
+In the environment it is asked for a target return. The returns to go of a generated window are
+those of eq. 17 in the GTA paper (E.4). The algorithm is under "DT" below. References such as C.3
+are to the appendix of the GTA paper.
+
+    python dt.py --env hopper-medium          the dataset alone
+    python dt.py --aug buffer.npz             the dataset and the buffer
+    python dt.py --aug buffer.npz --aug-only  the buffer alone
+    python dt.py --resume runs/<name>         a run that was killed, from its last evaluation
+
+Reads:  an offline dataset (--env) and a buffer of gta_augment.py (--aug)
+Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, policy.pt
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from huggingface_hub import HfApi
+from minari.storage.datasets_root_dir import get_dataset_path
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str | None = None
+    """dataset: a short name (hopper-medium), a Minari id (mujoco/hopper/medium-v0), a folder that
+    holds a Minari dataset, or several of them joined by +. Default: the one that --aug was made
+    from, else data/hopper-medium-sample"""
+    aug: Path | None = None
+    """buffer.npz of generated trajectories to train on, too"""
+    aug_only: bool = False
+    """train on the buffer alone"""
+    s4rl_sigma: float = 0.0
+    """> 0 is the S4RL baseline: standard deviation of noise on standardised states (C.1: 3e-4)"""
+    train_steps: int = 100_000
+    """updates (C.3)"""
+    batch_size: int = 1024
+    """windows in a batch"""
+    num_seeds: int = 1
+    """independent agents trained at once, with seeds --seed, --seed + 1, ..."""
+    lr: float = 1e-4
+    """learning rate of AdamW"""
+    weight_decay: float = 1e-4
+    """weight decay of AdamW"""
+    warmup_steps: int = 10_000
+    """updates in which the learning rate rises from 0"""
+    grad_norm: float = 0.25
+    """largest norm of the gradient"""
+    context: int = 20
+    """steps that the transformer sees, each three tokens: return to go, state, action"""
+    embedding_dim: int = 128
+    """size of a token"""
+    num_layers: int = 3
+    """transformer blocks"""
+    num_heads: int = 1
+    """attention heads"""
+    dropout: float = 0.1
+    """dropout of embeddings, attention and blocks"""
+    episode_len: int = 1000
+    """steps in the longest episode; an evaluation ends there"""
+    target_return: float | None = None
+    """return to ask for in the environment. Default: see TARGET_RETURNS"""
+    reward_scale: float | None = None
+    """factor of the returns to go that the network sees. Default: 0.001 in locomotion, else 1"""
+    eval_every: int = 5_000
+    """updates between two evaluations; the last update always has one"""
+    eval_episodes: int | None = None
+    """episodes of an evaluation. Default: 100 (E.4)"""
+    load: Path | None = None
+    """policy.pt to start from. Its agents keep their number and seeds, their optimizers start anew.
+    With --train-steps 0 it is only evaluated"""
+    resume: Path | None = None
+    """folder of a run that was killed: continues it from its last evaluation, with its flags"""
+    runs: Path = Path("runs")
+    """folder for the run's folder"""
+    seed: int = 0
+    """seed of initial weights, batches, noise and evaluation episodes"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu"""
+    compile: bool | None = None
+    """record the update as a CUDA graph and replay it. Default: on CUDA"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "gta"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """user or team of --track"""
+
+
+BY_DOMAIN = {  # what differs by domain, from CORL; a flag overrides it
+    "default": {"reward_scale": 1.0, "eval_episodes": 100},
+    "locomotion": {"reward_scale": 0.001},
+}
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit(f"error: {message}")
+
+
+def require_positive(args, *names):
+    """Ends the program with one line unless all named arguments are positive."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
+def pick_device(name):
+    """Returns the torch device called name, made the current one; says so when it is the CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
+        require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # same seed, same result
+    else:
+        print(f"device: {device} (paper-size runs want a GPU)")
+    return device
+
+
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def first_line(error):
+    """Returns what an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def get_rng_state(device):
+    """Returns the states of the generators that training draws from, as plain tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    """Puts back what get_rng_state returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- dataset ---
+
+ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
+
+
+SHORT_NAMES = {  # pattern of a short name -> Minari ids
+    rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
+    rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
+    r"maze2d-((?:umaze|medium|large)(?:-dense)?)": ["D4RL/pointmaze/{}-v2"],
+    r"antmaze-(umaze|(?:umaze|medium|large)-diverse|(?:medium|large)-play)": ["D4RL/antmaze/{}-v1"],
+    r"(pen|door|hammer|relocate)-(human|cloned|expert)": ["D4RL/{}/{}-v2"],
+    r"kitchen-(complete|partial|mixed)": ["D4RL/kitchen/{}-v2"],
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+    terminals: np.ndarray  # [T] bool: the environment terminated; a truncation is no terminal
+
+
+class Dataset(NamedTuple):
+    name: str  # for people: hopper-medium
+    ids: list  # Minari ids of what was loaded
+    env_id: str  # Gymnasium id: Hopper-v5
+    episodes: list  # of Episode
+    source: minari.MinariDataset  # the first id's: its environment, spaces, reference scores
+
+
+def resolve_env(env):
+    """Returns the Minari ids and folders that --env stands for."""
+    sources = []
+    for part in env.split("+"):
+        names = [part]
+        for pattern, ids in SHORT_NAMES.items():
+            if match := re.fullmatch(pattern, part):
+                names = [minari_id.format(*match.groups()) for minari_id in ids]
+        sources += names
+    return sources
+
+
+def find_minari(source):
+    """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
+    id that is not there yet is downloaded from Minari's hub."""
+    for folder in (Path(source), Path(__file__).parent / source):
+        if source and folder.is_dir():
+            metadata = folder / "data" / "metadata.json"
+            require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
+            return folder
+    require(
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
+        f"--env {source}: not a folder here, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial; there is no medium-replay), or a Minari id (mujoco/hopper/medium-v0)",
+    )
+    folder = get_dataset_path(source)
+    if (folder / "data" / "metadata.json").is_file():
+        return folder
+    print(f"{source} is not in the local cache, asking Minari's hub")
+    try:
+        # Minari's own client retries for 23 s; this fails at once where there is no connection
+        HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
+        minari.download_dataset(source, force_download=folder.exists())
+    except Exception as error:
+        sys.exit(
+            f"error: --env {source}: not in the local cache, and the hub did not send it "
+            f"({first_line(error)}); check the id and the connection, or give a folder that holds "
+            "the dataset"
+        )
+    return folder
+
+
+def flatten_observations(space, observations):
+    """Stacks observations [T + 1, ...], nested dictionaries too, as gymnasium's flatten does."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_observations(sub, observations[key]) for key, sub in space.items()]
+        return np.concatenate(parts, axis=1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def load_dataset(env):
+    """Loads the episodes that --env stands for and prints a line about them.
+
+    Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
+    real numbers, or several datasets do not fit together.
+    """
+    sources, episodes = [], []
+    for name in resolve_env(env):
+        folder = find_minari(name)
+        try:
+            source = minari.MinariDataset(folder / "data")
+            raw_episodes = list(source.iterate_episodes())
+        except Exception as error:
+            sys.exit(f"error: --env {name}: cannot be read ({first_line(error)})")
+        space, action_space = source.observation_space, source.action_space
+        flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
+        is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
+        require(
+            isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
+            f"--env {name}: observations must be vectors of real numbers, not {space}",
+        )
+        require(
+            isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
+            f"--env {name}: actions must be vectors of real numbers, not {action_space}",
+        )
+        require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        sources.append(source)
+        for e in raw_episodes:
+            observations = flatten_observations(space, e.observations)
+            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+    env_ids = sorted({source.env_spec.id for source in sources})
+    require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(episodes, f"--env {env}: no episodes")
+
+    ids = [source.id for source in sources]
+    name = "+".join(ids) if resolve_env(env) == env.split("+") else env  # short names stay short
+    returns = np.array([e.rewards.sum() for e in episodes])
+    print(
+        f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
+        f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
+        f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    )
+    return Dataset(name, ids, env_ids[0], episodes, sources[0])
+
+
+DOMAINS = {"antmaze": "antmaze", "maze": "maze2d", "adroit": "adroit", "kitchen": "kitchen"}
+
+
+def domain_of(env_id):
+    """Returns the domain of a Gymnasium id: locomotion, maze2d, antmaze, adroit or kitchen."""
+    return next((d for word, d in DOMAINS.items() if word in env_id.lower()), "locomotion")
+
+
+def fill_in_by_domain(args, env_id):
+    """Sets the arguments that were left at None to those of the environment's domain."""
+    values = {**BY_DOMAIN["default"], **BY_DOMAIN.get(domain_of(env_id), {})}
+    for key, value in values.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
+REFERENCE_RETURNS = {  # of a random and of an expert policy, from D4RL
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+    "pointmaze_umaze": (23.85, 161.86),
+    "pointmaze_medium": (13.13, 277.39),
+    "pointmaze_large": (6.7, 273.99),
+    "adroithandpen": (96.262799, 3076.8331),
+    "adroithanddoor": (-56.512833, 2880.5693),
+    "kitchen": (0.0, 4.0),
+}
+
+
+def reference_returns(dataset):
+    """Returns what scores 0 and what scores 100: the dataset's own references, else D4RL's."""
+    metadata = dataset.source.storage.metadata
+    if "ref_min_score" in metadata and "ref_max_score" in metadata:
+        return metadata["ref_min_score"], metadata["ref_max_score"]
+    for word, references in REFERENCE_RETURNS.items():
+        if word in dataset.env_id.lower() and "dense" not in dataset.env_id.lower():
+            return references
+    print(f"no reference returns for {dataset.env_id}: the scores are plain returns")
+    return 0.0, 100.0
+
+
+def read_buffer(path):
+    """Reads buffer.npz. Returns its arrays (the README lists them) and its metadata.
+
+    Exits with one line if the file is missing, damaged, of another kind or of a newer format.
+    """
+    require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            buffer = {key: file[key] for key in file.files}
+        metadata = json.loads(str(buffer.pop("metadata")))
+        kind, version = metadata["format"], metadata["format_version"]
+    except Exception as error:
+        sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
+    require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
+    require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
+    keys = ("observations", "actions", "rewards", "terminals")
+    require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
+    names = ("method", "env", "dataset_ids")
+    require(
+        all(name in metadata for name in names),
+        f"--aug {path}: its metadata lacks one of {', '.join(names)}",
+    )
+    observations, actions, rewards, terminals = (buffer[key] for key in keys)
+    fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
+    fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
+    require(fits, f"--aug {path}: is empty, or its arrays do not fit together")
+    return buffer, metadata
+
+
+class Scaling(NamedTuple):
+    """Affine maps between the environment's units and the learner's."""
+
+    obs_mean: np.ndarray  # [obs_dim] float32
+    obs_std: np.ndarray  # [obs_dim] float32
+    action_low: np.ndarray  # [act_dim] float32; the learner's actions span [-1, 1]
+    action_high: np.ndarray  # [act_dim] float32
+
+    def states(self, observations):
+        return ((observations - self.obs_mean) / self.obs_std).astype(np.float32)
+
+    def actions(self, actions):
+        span = self.action_high - self.action_low
+        return (2 * (actions - self.action_low) / span - 1).astype(np.float32)
+
+    def env_actions(self, actions):
+        return self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
+
+
+def load_episodes(args):
+    """Loads what --env, --aug and --aug-only ask for.
+
+    Fills in args.env. Returns the dataset, the episodes to train on (generated windows are
+    episodes, too, and come last), the buffer's arrays or None, and the words that name the
+    augmentation.
+    """
+    require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
+    s4rl = f"s4rl({args.s4rl_sigma})" if args.s4rl_sigma else ""
+    if args.aug is None:
+        args.env = args.env or "data/hopper-medium-sample"
+        dataset = load_dataset(args.env)
+        return dataset, dataset.episodes, None, s4rl or "none"
+    buffer, metadata = read_buffer(args.aug)
+    args.env = args.env or metadata["env"]
+    dataset = load_dataset(args.env)
+    require(
+        dataset.ids == metadata["dataset_ids"],
+        f"--aug {args.aug} was made from {'+'.join(metadata['dataset_ids'])}, which contradicts "
+        f"--env {args.env}, {'+'.join(dataset.ids)}",
+    )
+    keys = ("observations", "actions", "rewards", "terminals")
+    generated = [Episode(*window) for window in zip(*(buffer[key] for key in keys))]
+    dims, own_dims = ([a.shape[1] for a in e[:2]] for e in (generated[0], dataset.episodes[0]))
+    require(
+        dims == own_dims,
+        f"--aug {args.aug}: observations and actions have {dims} dimensions, not {own_dims}",
+    )
+    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
+    aug = metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+    aug += " only" if args.aug_only else ""
+    print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
+    aug += f" + {s4rl}" if s4rl else ""
+    episodes = generated if args.aug_only else dataset.episodes + generated
+    return dataset, episodes, buffer, aug
+
+
+def make_scaling(episodes, action_space):
+    """Standardises states by the mean and deviation of all episodes, maps actions to [-1, 1]."""
+    states = np.concatenate([e.observations[:-1] for e in episodes])
+    bounded = np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
+    require(bounded, f"the action space must be bounded, not {action_space}")
+    return Scaling(
+        states.mean(0, dtype=np.float64).astype(np.float32),
+        (states.std(0, dtype=np.float64) + 1e-3).astype(np.float32),
+        action_space.low,
+        action_space.high,
+    )
+
+
+TARGET_RETURNS = {  # in the environment's rewards, from CORL
+    "halfcheetah": 12000.0,
+    "hopper": 3600.0,
+    "walker2d": 5000.0,
+    "antmaze": 1.0,
+    "pointmaze": 280.0,
+    "adroithandpen": 3100.0,
+    "adroithanddoor": 2900.0,
+    "adroithandhammer": 12800.0,
+    "adroithandrelocate": 4300.0,
+}
+
+
+def find_target_return(dataset):
+    """Returns the return to ask for: TARGET_RETURNS', or the best of the dataset."""
+    for word, value in TARGET_RETURNS.items():
+        if word in dataset.env_id.lower():
+            return value
+    best = max(float(e.rewards.sum()) for e in dataset.episodes)
+    print(f"target return: the dataset's best, {best:.1f}; --target-return sets another")
+    return best
+
+
+def returns_to_go(rewards):
+    """The sum of the rewards from each step to the last. [T] -> [T]"""
+    return np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
+
+
+def generated_returns_to_go(first, rewards):
+    """Returns to go of generated windows (GTA, eq. 17). first [N], rewards [N, H] -> [N, H]
+
+    The source's at the first step, less the generated rewards before each later one.
+    """
+    rewards = rewards.astype(np.float64)
+    return first[:, None] - (np.cumsum(rewards, axis=1) - rewards)
+
+
+def pack_steps(dataset, episodes, buffer, scaling, args, device):
+    """Returns all steps as rows of one tensor, so that a batch is one gather.
+
+    A row is s, a, return to go, timestep in the episode, steps left in it, itself included:
+    [N, obs_dim + act_dim + 3].
+    """
+    returns, first_timesteps = [], []
+    if not args.aug_only:
+        returns += [returns_to_go(e.rewards) for e in dataset.episodes]
+        first_timesteps += [0] * len(dataset.episodes)
+    if buffer:
+        num_windows = buffer["rewards"].shape[:1]
+        fits = all(
+            key in buffer and buffer[key].shape == num_windows
+            for key in ("return_to_go", "timestep")
+        )
+        require(fits, f"--aug {args.aug}: needs return_to_go and timestep, one for each window")
+        returns += list(generated_returns_to_go(buffer["return_to_go"], buffer["rewards"]))
+        first_timesteps += buffer["timestep"].tolist()
+    lengths = [len(r) for r in returns]
+    longest = max(first + length for first, length in zip(first_timesteps, lengths))
+    require(
+        longest <= args.episode_len,
+        f"--episode-len {args.episode_len}: the longest episode has {longest} steps",
+    )
+    s = scaling.states(np.concatenate([e.observations[:-1] for e in episodes]))
+    a = scaling.actions(np.concatenate([e.actions for e in episodes]))
+    r = args.reward_scale * np.concatenate(returns)
+    timestep = np.concatenate([first + np.arange(n) for first, n in zip(first_timesteps, lengths)])
+    left = np.concatenate([np.arange(n, 0, -1) for n in lengths])
+    packed = np.column_stack([s, a, r, timestep, left]).astype(np.float32)
+    return torch.from_numpy(packed).to(device)
+
+
+class Windows(NamedTuple):  # of one agent, L = --context; a leading [num_seeds] outside of vmap
+    returns: torch.Tensor  # [B, L] returns to go, scaled
+    s: torch.Tensor  # [B, L, obs_dim] standardised
+    a: torch.Tensor  # [B, L, act_dim] in [-1, 1]
+    timestep: torch.Tensor  # [B, L] int64
+    mask: torch.Tensor  # [B, L] 1 in the episode, 0 in the padding after its end
+
+
+def draw_windows(data, num_seeds, obs_dim, act_dim, args):
+    """Draws windows for every agent. All fields [num_seeds, B, L, ...]
+
+    All steps are equally likely to be a window's first, so that an episode is drawn in proportion
+    to its length. The padding holds whatever rows follow: no step sees a later one.
+    """
+    start = torch.randint(len(data), (num_seeds, args.batch_size, 1), device=data.device)
+    step = torch.arange(args.context, device=data.device)
+    rows = data[(start + step).clamp(max=len(data) - 1)]
+    s, a, returns, timestep, left = rows.split([obs_dim, act_dim, 1, 1, 1], dim=-1)
+    mask = (step < left[..., :1, 0]).to(s.dtype)
+    if args.s4rl_sigma:
+        s = s + args.s4rl_sigma * torch.randn_like(s)
+    return Windows(returns.squeeze(-1), s, a, timestep.squeeze(-1).long(), mask)
+
+
+# --- networks ---
+
+
+class TransformerBlock(nn.Module):
+    """Causal self-attention and an MLP, both residual. [B, T, E] -> [B, T, E]"""
+
+    def __init__(self, dim, num_heads, dropout):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, E / heads]
+        # not F.scaled_dot_product_attention, which vmap runs agent by agent
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, T, T]
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(diagonal=1)
+        weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+        out = (self.dropout(weights) @ v).transpose(1, 2).flatten(-2)
+        x = x + self.dropout(self.project(out))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class DecisionTransformer(nn.Module):
+    """Actions of all steps, each from what came before it.
+
+    returns [B, L], s [B, L, obs_dim], a [B, L, act_dim], timestep [B, L] -> [B, L, act_dim]
+    """
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        dim = args.embedding_dim
+        self.embed_timestep = nn.Embedding(args.episode_len, dim)
+        self.embed_return, self.embed_s = nn.Linear(1, dim), nn.Linear(obs_dim, dim)
+        self.embed_a = nn.Linear(act_dim, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(args.dropout)
+        shape = (dim, args.num_heads, args.dropout)
+        blocks = (TransformerBlock(*shape) for _ in range(args.num_layers))
+        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(dim))
+        self.head = nn.Linear(dim, act_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, returns, s, a, timestep):
+        tokens = [self.embed_return(returns.unsqueeze(-1)), self.embed_s(s), self.embed_a(a)]
+        tokens = torch.stack(tokens, dim=2) + self.embed_timestep(timestep).unsqueeze(2)
+        x = self.blocks(self.dropout(self.norm(tokens.flatten(1, 2))))  # [B, 3L, E]
+        return torch.tanh(self.head(x[:, 1::3]))  # at a state's token: its own action is later
+
+
+# --- all agents at once ---
+
+
+class Stacked:
+    """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
+
+    Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
+    vmap over params runs them for all agents.
+    """
+
+    def __init__(self, networks, device):
+        params, _ = stack_module_state(networks)
+        self.params = {k: p.detach().to(device).requires_grad_() for k, p in params.items()}
+        self.module = copy.deepcopy(networks[0]).to("meta")  # the function without weights
+
+    def bind(self, params):
+        """Returns the network of one agent, given its weights, as a function."""
+        return lambda *inputs: functional_call(self.module, params, inputs)
+
+    def copy_params(self):
+        """Returns the weights of target networks that start where these are."""
+        return {k: p.detach().clone() for k, p in self.params.items()}
+
+
+def records_graph(args, device):
+    """Whether updates run as recorded CUDA graphs."""
+    return device.type == "cuda" and args.compile is not False
+
+
+def record_graph(function):
+    """Records what function() does on the GPU; returns a function that does it in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+# --- DT ---
+
+
+def dt_loss(transformer, windows):
+    """Squared error of the actions, for one agent. The padding counts as predicted right."""
+    a = transformer(windows.returns, windows.s, windows.a, windows.timestep)
+    return ((a - windows.a).square() * windows.mask.unsqueeze(-1)).mean()
+
+
+def clip_gradients(params, max_norm):
+    """Scales the gradient of every agent down to a norm of max_norm. params are [num_seeds, ...]"""
+    grads = [p.grad for p in params.values()]
+    norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)  # [num_seeds]
+    scale = (max_norm / norm).clamp(max=1.0)
+    for g in grads:
+        g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
+
+
+class DT:
+    """num_seeds Decision Transformers and their optimizer."""
+
+    def __init__(self, args, obs_dim, act_dim, device):
+        transformers = []
+        for seed in range(args.seed, args.seed + args.num_seeds):
+            torch.manual_seed(seed)
+            transformers.append(DecisionTransformer(obs_dim, act_dim, args))
+        self.transformer = Stacked(transformers, device)
+        self.weights = {"transformer": self.transformer.params}  # all that policy.pt holds
+        self.optimizers = {
+            "all": torch.optim.AdamW(
+                self.transformer.params.values(),
+                torch.tensor(args.lr, device=device),  # a tensor can change in a CUDA graph
+                weight_decay=args.weight_decay,
+                fused=True,
+                capturable=records_graph(args, device),
+            )
+        }
+
+    def set_lr(self, lr):
+        self.optimizers["all"].param_groups[0]["lr"].fill_(lr)
+
+    @torch.no_grad()
+    def act(self, returns, s, a, timestep):
+        """The action of the last step. Fields as in Windows, [num_seeds, K, L, ...], a's last one
+        unused -> [num_seeds, K, act_dim]"""
+        self.transformer.module.eval()  # no dropout
+        params, bind = self.transformer.params, self.transformer.bind
+        a = vmap(lambda params, *inputs: bind(params)(*inputs))(params, returns, s, a, timestep)
+        self.transformer.module.train()
+        return a[:, :, -1]
+
+
+def update(agents, windows, args):
+    """One update of every agent, each on its own windows, whose fields are [num_seeds, B, L, ...].
+
+    Returns the losses by name, each [num_seeds].
+    """
+    params, optimizer = agents.transformer.params, agents.optimizers["all"]
+
+    def losses_of_one(params, windows):
+        return dt_loss(agents.transformer.bind(params), windows)
+
+    losses = vmap(losses_of_one, randomness="different")(params, windows)
+    optimizer.zero_grad()
+    losses.sum().backward(inputs=list(params.values()))
+    clip_gradients(params, args.grad_norm)
+    optimizer.step()
+    return {"loss": losses.detach()}
+
+
+# --- evaluation ---
+
+
+def make_env(dataset):
+    """Makes the dataset's own evaluation environment, its observations flattened."""
+    try:
+        env = dataset.source.recover_environment(eval_env=True)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {dataset.env_id} needs the package {error.name}; pip install it")
+    return gym.wrappers.FlattenObservation(env)
+
+
+def evaluate_target_return(agents, envs, scaling, args, device):
+    """Runs --eval-episodes whole episodes of every agent, each asked for --target-return. Returns
+    their mean returns [num_seeds].
+
+    envs is a list of num_seeds * K environments, which step side by side. Episode e of an agent
+    starts from the same state in every evaluation.
+    """
+    num_parallel = len(envs) // args.num_seeds
+    shape = (args.num_seeds, num_parallel)
+    returns = np.zeros(args.num_seeds)
+    timesteps = torch.arange(args.episode_len, device=device).expand(*shape, -1)
+    for first in range(0, args.eval_episodes, num_parallel):
+        num_episodes = min(num_parallel, args.eval_episodes - first)
+        alive = [(agent, k) for agent in range(args.num_seeds) for k in range(num_episodes)]
+        states = np.zeros((*shape, len(scaling.obs_mean)))
+        to_go = np.full(shape, args.target_return)
+        for agent, k in alive:
+            seed = 1000 * (args.seed + agent) + first + k
+            states[agent, k], _ = envs[agent * num_parallel + k].reset(seed=seed)
+        R = torch.zeros(*shape, args.episode_len, device=device)
+        s = torch.zeros(*shape, args.episode_len, states.shape[-1], device=device)
+        a = torch.zeros(*shape, args.episode_len, len(scaling.action_low), device=device)
+        for t in range(args.episode_len):
+            R[:, :, t] = torch.from_numpy(args.reward_scale * to_go).to(device)
+            s[:, :, t] = torch.from_numpy(scaling.states(states)).to(device)
+            window = np.s_[:, :, max(0, t + 1 - args.context) : t + 1]
+            a[:, :, t] = agents.act(R[window], s[window], a[window], timesteps[window])
+            actions = scaling.env_actions(a[:, :, t].cpu().numpy())
+            still_alive = []
+            for agent, k in alive:
+                env = envs[agent * num_parallel + k]
+                states[agent, k], reward, terminated, truncated, _ = env.step(actions[agent, k])
+                returns[agent] += reward
+                to_go[agent, k] -= reward
+                if not (terminated or truncated):
+                    still_alive.append((agent, k))
+            alive = still_alive
+            if not alive:
+                break
+    return returns / args.eval_episodes
+
+
+# --- run ---
+
+
+def load_policy(path, flag):
+    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
+    script = Path(__file__).stem
+    require(path.is_file(), f"{flag} {path}: no such file; the first evaluation of a run writes it")
+    try:
+        policy = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+    except Exception as error:
+        sys.exit(f"error: {flag} {path}: not a whole policy.pt ({type(error).__name__})")
+    require(kind == "gta-policy", f"{flag} {path}: a {kind} file, not a policy")
+    require(version == 1, f"{flag} {path}: format version {version}; this program reads version 1")
+    require(algorithm == script, f"{flag} {path}: a policy of {algorithm}.py, not of {script}.py")
+    return policy
+
+
+def load_start(args):
+    """Returns the policy.pt that --load or --resume names, or None, and takes over its flags.
+
+    --load takes the number of agents, their seeds and, if no data is named, the dataset. --resume
+    takes every flag that makes a difference, and exits if another value of one was typed.
+    """
+    require(not (args.load and args.resume), "--load and --resume exclude each other")
+    if args.load:
+        policy = load_policy(args.load, "--load")
+        args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
+        args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
+        return policy
+    if args.resume is None:
+        return None
+    policy = load_policy(args.resume / "policy.pt", "--resume")
+    typed, default = plain_args(args), plain_args(Args())
+    free = {"resume", "load", "runs", "device", "compile", "track"}
+    for key in [key for key in typed if key not in free and not key.startswith("wandb")]:
+        old = policy["args"][key]
+        require(
+            typed[key] in (old, default[key]),
+            f"--resume {args.resume}: was trained with {key} = {old}, not {typed[key]}; give no "
+            "other flags than those of the device and of wandb",
+        )
+        setattr(args, key, Path(old) if key == "aug" and old else old)
+    return policy
+
+
+def put_weights(agents, policy):
+    """Copies the weights of policy.pt into agents."""
+    for name, params in agents.weights.items():
+        for key, p in params.items():
+            own = policy["weights"].get(name, {}).get(key)
+            fits = own is not None and own.shape == p.shape
+            require(fits, f"policy.pt: {name} {key} does not fit this network; use the same flags")
+            p.data.copy_(own)
+
+
+def put_training_state(agents, policy, device):
+    """Puts the optimizers and the random generators back to where policy.pt was written."""
+    for name, optimizer in agents.optimizers.items():
+        own_groups = optimizer.state_dict()["param_groups"]
+        state = {"state": policy["optimizers"][name], "param_groups": own_groups}
+        optimizer.load_state_dict(state)
+    set_rng_state(policy["rng"], device)
+
+
+def start_run(args, dataset, aug, references):
+    """Makes the run's folder with config.json, or takes that of --resume. Returns it."""
+    script = Path(__file__).stem
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    label = f"{script}-{dataset.name}-{aug}-{args.seed}-{now}"
+    run = args.resume or args.runs / re.sub(r"[^\w.+-]+", "_", label)
+    config = {
+        "script": script,
+        **plain_args(args),
+        "aug_label": aug,
+        "dataset": dataset.name,
+        "dataset_ids": dataset.ids,
+        "env_id": dataset.env_id,
+        "reference_returns": references,
+    }
+    if args.resume is None:
+        run.mkdir(parents=True)
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomically(run / "config.json", lambda file: file.write(text.encode()))
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project, "entity": args.wandb_entity, "name": run.name}
+        wandb.init(**names, id=run.name, resume="allow", config=config)
+    return run
+
+
+def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
+    """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
+    policy = {
+        "format": "gta-policy",
+        "format_version": 1,
+        "algorithm": Path(__file__).stem,
+        "args": plain_args(args),
+        "env_id": dataset.env_id,
+        "dataset_ids": dataset.ids,
+        "aug_label": aug,
+        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+        "weights": agents.weights,
+        "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
+        "rng": get_rng_state(device),
+        "update": step,
+        "evals": evals,
+    }
+    write_atomically(run / "policy.pt", lambda file: torch.save(policy, file))
+
+
+def write_evals(run, evals):
+    """Writes evals.csv: a row of update, seed, return, score for every agent and evaluation."""
+    rows = [f"{step},{seed},{value:.4f},{score:.4f}\n" for step, seed, value, score in evals]
+    text = "".join(["update,seed,return,score\n", *rows])
+    write_atomically(run / "evals.csv", lambda file: file.write(text.encode()))
+
+
+def log_to_wandb(step, losses, returns, scores):
+    """Logs the means over the seeds."""
+    import wandb
+
+    log = {name: loss.mean().item() for name, loss in losses.items()}
+    wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
+
+
+def main(args):
+    policy = load_start(args)
+    require_positive(args, "batch_size", "num_seeds", "eval_every", "lr", "context")
+    require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
+    require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
+    device = pick_device(args.device)
+
+    dataset, episodes, buffer, aug = load_episodes(args)
+    fill_in_by_domain(args, dataset.env_id)
+    args.target_return = args.target_return or find_target_return(dataset)
+    require_positive(args, "eval_episodes", "reward_scale")
+    scaling = make_scaling(episodes, dataset.source.action_space)
+    if policy:
+        own, other = policy["env_id"], dataset.env_id
+        require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
+        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        aug = policy["aug_label"] if args.train_steps == 0 else aug
+    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
+    data = pack_steps(dataset, episodes, buffer, scaling, args, device)
+    agents = DT(args, obs_dim, act_dim, device)
+    if policy:
+        put_weights(agents, policy)
+    envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
+    score_0, score_100 = reference_returns(dataset)
+    run = start_run(args, dataset, aug, [score_0, score_100])
+    torch.manual_seed(args.seed)
+    first_step, evals, losses = 0, [], {}
+    if args.resume:
+        put_training_state(agents, policy, device)
+        first_step, evals = policy["update"], policy["evals"]
+        print(f"resumed {run} at update {first_step} of {args.train_steps}")
+
+    def train_step():
+        return update(agents, draw_windows(data, args.num_seeds, obs_dim, act_dim, args), args)
+
+    def evaluate_and_save(step):
+        returns = evaluate_target_return(agents, envs, scaling, args, device)
+        scores = 100 * (returns - score_0) / (score_100 - score_0)
+        for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
+            evals.append([step, seed, *row])
+        save_policy(run, step, agents, evals, scaling, dataset, aug, args, device)
+        write_evals(run, evals)
+        if args.track:
+            log_to_wandb(step, losses, returns, scores)
+        progress.set_postfix(score=f"{scores.mean():.1f}")
+
+    train = train_step
+    # a CUDA graph is recorded when some updates have run and made the optimizer's state
+    last_eager_step = first_step + 10
+    steps = range(first_step + 1, args.train_steps + 1)
+    progress = tqdm(steps, initial=first_step, total=args.train_steps, unit="update")
+    try:
+        for step in progress:
+            if records_graph(args, device) and step == last_eager_step + 1:
+                train = record_graph(train_step)
+            agents.set_lr(args.lr * min(step / args.warmup_steps, 1.0))
+            losses.update(train())
+            if step % args.eval_every == 0 or step == args.train_steps:
+                evaluate_and_save(step)
+        if args.train_steps == 0:
+            evaluate_and_save(0)
+    except KeyboardInterrupt:
+        progress.close()
+        sys.exit(f"interrupted; --resume {run} continues from its last evaluation, if there is one")
+    write_evals(run, evals)  # a resumed run may have been killed just before it wrote them
+    scores = np.array([score for _, _, _, score in evals[-args.num_seeds :]])
+    algorithm = Path(__file__).stem + ("" if aug == "none" else f" + {aug}")
+    seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
+    print(f"wrote {run}")
+    print(f"{dataset.name} | {algorithm} | {scores.mean():.1f} +- {scores.std():.1f} over {seeds}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,1032 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch",
+#     "numpy",
+#     "gymnasium[mujoco]",
+#     "minari[hdf5,hf]",
+#     "huggingface_hub",
+#     "tyro",
+#     "tqdm",
+#     "wandb",
+# ]
+# ///
+"""MCQ on an offline dataset, alone or with trajectories that GTA generated.
+
+Mildly Conservative Q-Learning for Offline Reinforcement Learning (Lyu, Ma, Li and Lu, NeurIPS
+2022). Soft actor-critic whose critics are also trained at the policy's own actions, towards the
+largest Q among actions of a behaviour policy, a conditional VAE of the dataset's actions. The
+algorithm is under "MCQ" below. References such as C.3 are to the appendix of the GTA paper.
+
+    python mcq.py --env hopper-medium          the dataset alone
+    python mcq.py --aug buffer.npz             the dataset and the buffer
+    python mcq.py --aug buffer.npz --aug-only  the buffer alone
+    python mcq.py --resume runs/<name>         a run that was killed, from its last evaluation
+
+Reads:  an offline dataset (--env) and a buffer of gta_augment.py (--aug)
+Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, policy.pt
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from huggingface_hub import HfApi
+from minari.storage.datasets_root_dir import get_dataset_path
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env: str | None = None
+    """dataset: a short name (hopper-medium), a Minari id (mujoco/hopper/medium-v0), a folder that
+    holds a Minari dataset, or several of them joined by +. Default: the one that --aug was made
+    from, else data/hopper-medium-sample"""
+    aug: Path | None = None
+    """buffer.npz of generated trajectories to train on, too"""
+    aug_only: bool = False
+    """train on the buffer alone"""
+    s4rl_sigma: float = 0.0
+    """> 0 is the S4RL baseline: standard deviation of noise on standardised states (C.1: 3e-4)"""
+    train_steps: int = 1_000_000
+    """updates (C.3)"""
+    batch_size: int = 1024
+    """transitions in a batch (C.3)"""
+    num_seeds: int = 1
+    """independent agents trained at once, with seeds --seed, --seed + 1, ..."""
+    lr: float = 3e-4
+    """learning rate of Adam: actor, critics and temperature"""
+    vae_lr: float = 1e-3
+    """learning rate of Adam: behaviour policy"""
+    discount: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step of the target networks towards the trained ones (Polyak averaging)"""
+    lmbda: float = 0.9
+    """weight of the loss at the data, lambda; 1 - lambda is that of the policy's actions"""
+    num_actions: int = 10
+    """sampled actions of the behaviour policy, the best of which gives the target"""
+    actor_dropout: float = 0.1
+    """dropout in the actor"""
+    normalize_reward: bool = False
+    """scale rewards so that the dataset's episode returns span 1000 (IQL's locomotion)"""
+    reward_scale: float = 1.0
+    """training sees reward_scale * reward + reward_bias; evaluation counts the plain rewards"""
+    reward_bias: float | None = None
+    """see --reward-scale. Default: -1 in AntMaze, else 0"""
+    eval_every: int = 5_000
+    """updates between two evaluations; the last update always has one"""
+    eval_episodes: int | None = None
+    """episodes of an evaluation (C.3). Default: 10 in locomotion, else 100"""
+    load: Path | None = None
+    """policy.pt to start from. Its agents keep their number and seeds, their optimizers start anew.
+    With --train-steps 0 it is only evaluated"""
+    resume: Path | None = None
+    """folder of a run that was killed: continues it from its last evaluation, with its flags"""
+    runs: Path = Path("runs")
+    """folder for the run's folder"""
+    seed: int = 0
+    """seed of initial weights, batches, noise and evaluation episodes"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu"""
+    compile: bool | None = None
+    """record the update as a CUDA graph and replay it. Default: on CUDA"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "gta"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """user or team of --track"""
+
+
+BY_DOMAIN = {  # what differs by domain; a flag overrides it
+    "default": {"eval_episodes": 100, "reward_bias": 0.0},  # GTA, C.3
+    "locomotion": {"eval_episodes": 10},
+    "antmaze": {"reward_bias": -1.0},  # OfflineRL-Kit
+}
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit(f"error: {message}")
+
+
+def require_positive(args, *names):
+    """Ends the program with one line unless all named arguments are positive."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
+def pick_device(name):
+    """Returns the torch device called name, made the current one; says so when it is the CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
+        require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # same seed, same result
+    else:
+        print(f"device: {device} (paper-size runs want a GPU)")
+    return device
+
+
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def first_line(error):
+    """Returns what an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def get_rng_state(device):
+    """Returns the states of the generators that training draws from, as plain tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    """Puts back what get_rng_state returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- dataset ---
+
+ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
+
+
+SHORT_NAMES = {  # pattern of a short name -> Minari ids
+    rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
+    rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
+    r"maze2d-((?:umaze|medium|large)(?:-dense)?)": ["D4RL/pointmaze/{}-v2"],
+    r"antmaze-(umaze|(?:umaze|medium|large)-diverse|(?:medium|large)-play)": ["D4RL/antmaze/{}-v1"],
+    r"(pen|door|hammer|relocate)-(human|cloned|expert)": ["D4RL/{}/{}-v2"],
+    r"kitchen-(complete|partial|mixed)": ["D4RL/kitchen/{}-v2"],
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+    terminals: np.ndarray  # [T] bool: the environment terminated; a truncation is no terminal
+
+
+class Dataset(NamedTuple):
+    name: str  # for people: hopper-medium
+    ids: list  # Minari ids of what was loaded
+    env_id: str  # Gymnasium id: Hopper-v5
+    episodes: list  # of Episode
+    source: minari.MinariDataset  # the first id's: its environment, spaces, reference scores
+
+
+def resolve_env(env):
+    """Returns the Minari ids and folders that --env stands for."""
+    sources = []
+    for part in env.split("+"):
+        names = [part]
+        for pattern, ids in SHORT_NAMES.items():
+            if match := re.fullmatch(pattern, part):
+                names = [minari_id.format(*match.groups()) for minari_id in ids]
+        sources += names
+    return sources
+
+
+def find_minari(source):
+    """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
+    id that is not there yet is downloaded from Minari's hub."""
+    for folder in (Path(source), Path(__file__).parent / source):
+        if source and folder.is_dir():
+            metadata = folder / "data" / "metadata.json"
+            require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
+            return folder
+    require(
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
+        f"--env {source}: not a folder here, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial; there is no medium-replay), or a Minari id (mujoco/hopper/medium-v0)",
+    )
+    folder = get_dataset_path(source)
+    if (folder / "data" / "metadata.json").is_file():
+        return folder
+    print(f"{source} is not in the local cache, asking Minari's hub")
+    try:
+        # Minari's own client retries for 23 s; this fails at once where there is no connection
+        HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
+        minari.download_dataset(source, force_download=folder.exists())
+    except Exception as error:
+        sys.exit(
+            f"error: --env {source}: not in the local cache, and the hub did not send it "
+            f"({first_line(error)}); check the id and the connection, or give a folder that holds "
+            "the dataset"
+        )
+    return folder
+
+
+def flatten_observations(space, observations):
+    """Stacks observations [T + 1, ...], nested dictionaries too, as gymnasium's flatten does."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_observations(sub, observations[key]) for key, sub in space.items()]
+        return np.concatenate(parts, axis=1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def load_dataset(env):
+    """Loads the episodes that --env stands for and prints a line about them.
+
+    Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
+    real numbers, or several datasets do not fit together.
+    """
+    sources, episodes = [], []
+    for name in resolve_env(env):
+        folder = find_minari(name)
+        try:
+            source = minari.MinariDataset(folder / "data")
+            raw_episodes = list(source.iterate_episodes())
+        except Exception as error:
+            sys.exit(f"error: --env {name}: cannot be read ({first_line(error)})")
+        space, action_space = source.observation_space, source.action_space
+        flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
+        is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
+        require(
+            isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
+            f"--env {name}: observations must be vectors of real numbers, not {space}",
+        )
+        require(
+            isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
+            f"--env {name}: actions must be vectors of real numbers, not {action_space}",
+        )
+        require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        sources.append(source)
+        for e in raw_episodes:
+            observations = flatten_observations(space, e.observations)
+            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+    env_ids = sorted({source.env_spec.id for source in sources})
+    require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(episodes, f"--env {env}: no episodes")
+
+    ids = [source.id for source in sources]
+    name = "+".join(ids) if resolve_env(env) == env.split("+") else env  # short names stay short
+    returns = np.array([e.rewards.sum() for e in episodes])
+    print(
+        f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
+        f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
+        f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    )
+    return Dataset(name, ids, env_ids[0], episodes, sources[0])
+
+
+DOMAINS = {"antmaze": "antmaze", "maze": "maze2d", "adroit": "adroit", "kitchen": "kitchen"}
+
+
+def domain_of(env_id):
+    """Returns the domain of a Gymnasium id: locomotion, maze2d, antmaze, adroit or kitchen."""
+    return next((d for word, d in DOMAINS.items() if word in env_id.lower()), "locomotion")
+
+
+def fill_in_by_domain(args, env_id):
+    """Sets the arguments that were left at None to those of the environment's domain."""
+    values = {**BY_DOMAIN["default"], **BY_DOMAIN.get(domain_of(env_id), {})}
+    for key, value in values.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
+REFERENCE_RETURNS = {  # of a random and of an expert policy, from D4RL
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+    "pointmaze_umaze": (23.85, 161.86),
+    "pointmaze_medium": (13.13, 277.39),
+    "pointmaze_large": (6.7, 273.99),
+    "adroithandpen": (96.262799, 3076.8331),
+    "adroithanddoor": (-56.512833, 2880.5693),
+    "kitchen": (0.0, 4.0),
+}
+
+
+def reference_returns(dataset):
+    """Returns what scores 0 and what scores 100: the dataset's own references, else D4RL's."""
+    metadata = dataset.source.storage.metadata
+    if "ref_min_score" in metadata and "ref_max_score" in metadata:
+        return metadata["ref_min_score"], metadata["ref_max_score"]
+    for word, references in REFERENCE_RETURNS.items():
+        if word in dataset.env_id.lower() and "dense" not in dataset.env_id.lower():
+            return references
+    print(f"no reference returns for {dataset.env_id}: the scores are plain returns")
+    return 0.0, 100.0
+
+
+def read_buffer(path):
+    """Reads buffer.npz. Returns its arrays (the README lists them) and its metadata.
+
+    Exits with one line if the file is missing, damaged, of another kind or of a newer format.
+    """
+    require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            buffer = {key: file[key] for key in file.files}
+        metadata = json.loads(str(buffer.pop("metadata")))
+        kind, version = metadata["format"], metadata["format_version"]
+    except Exception as error:
+        sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
+    require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
+    require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
+    keys = ("observations", "actions", "rewards", "terminals")
+    require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
+    names = ("method", "env", "dataset_ids")
+    require(
+        all(name in metadata for name in names),
+        f"--aug {path}: its metadata lacks one of {', '.join(names)}",
+    )
+    observations, actions, rewards, terminals = (buffer[key] for key in keys)
+    fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
+    fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
+    require(fits, f"--aug {path}: is empty, or its arrays do not fit together")
+    return buffer, metadata
+
+
+class Scaling(NamedTuple):
+    """Affine maps between the environment's units and the learner's."""
+
+    obs_mean: np.ndarray  # [obs_dim] float32
+    obs_std: np.ndarray  # [obs_dim] float32
+    action_low: np.ndarray  # [act_dim] float32; the learner's actions span [-1, 1]
+    action_high: np.ndarray  # [act_dim] float32
+
+    def states(self, observations):
+        return ((observations - self.obs_mean) / self.obs_std).astype(np.float32)
+
+    def actions(self, actions):
+        span = self.action_high - self.action_low
+        return (2 * (actions - self.action_low) / span - 1).astype(np.float32)
+
+    def env_actions(self, actions):
+        return self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
+
+
+def load_episodes(args):
+    """Loads what --env, --aug and --aug-only ask for.
+
+    Fills in args.env. Returns the dataset, the episodes to train on (generated windows are
+    episodes, too, and come last), the buffer's arrays or None, and the words that name the
+    augmentation.
+    """
+    require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
+    s4rl = f"s4rl({args.s4rl_sigma})" if args.s4rl_sigma else ""
+    if args.aug is None:
+        args.env = args.env or "data/hopper-medium-sample"
+        dataset = load_dataset(args.env)
+        return dataset, dataset.episodes, None, s4rl or "none"
+    buffer, metadata = read_buffer(args.aug)
+    args.env = args.env or metadata["env"]
+    dataset = load_dataset(args.env)
+    require(
+        dataset.ids == metadata["dataset_ids"],
+        f"--aug {args.aug} was made from {'+'.join(metadata['dataset_ids'])}, which contradicts "
+        f"--env {args.env}, {'+'.join(dataset.ids)}",
+    )
+    keys = ("observations", "actions", "rewards", "terminals")
+    generated = [Episode(*window) for window in zip(*(buffer[key] for key in keys))]
+    dims, own_dims = ([a.shape[1] for a in e[:2]] for e in (generated[0], dataset.episodes[0]))
+    require(
+        dims == own_dims,
+        f"--aug {args.aug}: observations and actions have {dims} dimensions, not {own_dims}",
+    )
+    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
+    aug = metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+    aug += " only" if args.aug_only else ""
+    print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
+    aug += f" + {s4rl}" if s4rl else ""
+    episodes = generated if args.aug_only else dataset.episodes + generated
+    return dataset, episodes, buffer, aug
+
+
+def scale_rewards(episodes, dataset, args):
+    """Returns the episodes with the rewards to train on: reward_scale * r + reward_bias."""
+    scale = args.reward_scale
+    if args.normalize_reward:
+        returns = [e.rewards.sum() for e in dataset.episodes]
+        span = max(returns) - min(returns)
+        require(span > 0, "--normalize-reward: all episodes of the dataset have the same return")
+        scale *= 1000 / span
+    return [e._replace(rewards=scale * e.rewards + args.reward_bias) for e in episodes]
+
+
+def make_scaling(episodes, action_space):
+    """Standardises states by the mean and deviation of all episodes, maps actions to [-1, 1]."""
+    states = np.concatenate([e.observations[:-1] for e in episodes])
+    bounded = np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
+    require(bounded, f"the action space must be bounded, not {action_space}")
+    return Scaling(
+        states.mean(0, dtype=np.float64).astype(np.float32),
+        (states.std(0, dtype=np.float64) + 1e-3).astype(np.float32),
+        action_space.low,
+        action_space.high,
+    )
+
+
+def pack_transitions(episodes, scaling, device):
+    """Returns all transitions as rows of one tensor, so that a batch is one gather.
+
+    A row is s, a, r, s', terminal: [N, 2 obs_dim + act_dim + 2].
+    """
+    s = scaling.states(np.concatenate([e.observations[:-1] for e in episodes]))
+    a = scaling.actions(np.concatenate([e.actions for e in episodes]))
+    r = np.concatenate([e.rewards for e in episodes])
+    s_next = scaling.states(np.concatenate([e.observations[1:] for e in episodes]))
+    terminal = np.concatenate([e.terminals for e in episodes])
+    packed = np.column_stack([s, a, r, s_next, terminal]).astype(np.float32)
+    return torch.from_numpy(packed).to(device)
+
+
+class Batch(NamedTuple):  # of one agent; a leading [num_seeds] outside of vmap
+    s: torch.Tensor  # [B, obs_dim] standardised
+    a: torch.Tensor  # [B, act_dim] in [-1, 1]
+    r: torch.Tensor  # [B]
+    s_next: torch.Tensor  # [B, obs_dim]
+    terminal: torch.Tensor  # [B] 0 or 1
+
+
+def draw_batch(data, num_seeds, batch_size, obs_dim, act_dim, s4rl_sigma):
+    """Draws a batch for every agent from the packed transitions. All fields [num_seeds, B, ...]"""
+    index = torch.randint(len(data), (num_seeds, batch_size), device=data.device)
+    s, a, r, s_next, terminal = data[index].split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
+    if s4rl_sigma:
+        s = s + s4rl_sigma * torch.randn_like(s)
+        s_next = s_next + s4rl_sigma * torch.randn_like(s_next)
+    return Batch(s, a, r.squeeze(-1), s_next, terminal.squeeze(-1))
+
+
+# --- networks ---
+
+
+def mlp(*sizes, dropout=0.0):
+    """Linear layers with ReLU, and dropout if there is any, between them: mlp(11, 256, 256, 3)."""
+    layers = [nn.Linear(*sizes[:2])]
+    for size_in, size_out in zip(sizes[1:-1], sizes[2:]):
+        layers += [nn.ReLU(), nn.Dropout(dropout)] if dropout else [nn.ReLU()]
+        layers.append(nn.Linear(size_in, size_out))
+    return nn.Sequential(*layers)
+
+
+class MCQActor(nn.Module):
+    """Mean and log standard deviation of a before its tanh. [B, obs_dim] -> two of [B, act_dim]"""
+
+    def __init__(self, obs_dim, act_dim, dropout):
+        super().__init__()
+        self.net = mlp(obs_dim, 400, 400, 2 * act_dim, dropout=dropout)
+
+    def forward(self, s):
+        mean, log_std = self.net(s).chunk(2, dim=-1)
+        return mean, log_std.clamp(-5.0, 2.0)
+
+
+class TwinCritic(nn.Module):
+    """Q_1 and Q_2. s [..., obs_dim], a [..., act_dim] -> two of [...]"""
+
+    def __init__(self, obs_dim, act_dim, hidden=(256, 256)):
+        super().__init__()
+        self.q1 = mlp(obs_dim + act_dim, *hidden, 1)
+        self.q2 = mlp(obs_dim + act_dim, *hidden, 1)
+
+    def forward(self, s, a):
+        sa = torch.cat([s, a], dim=-1)
+        return self.q1(sa).squeeze(-1), self.q2(sa).squeeze(-1)
+
+
+class Encoder(nn.Module):
+    """Mean and log standard deviation of the latent of an action. s [B, obs_dim], a [B, act_dim] ->
+    two of [B, 2 act_dim]"""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.net = mlp(obs_dim + act_dim, 750, 750, 4 * act_dim)
+
+    def forward(self, s, a):
+        mean, log_std = self.net(torch.cat([s, a], dim=-1)).chunk(2, dim=-1)
+        return mean, log_std.clamp(-4.0, 15.0)
+
+
+class Decoder(nn.Module):
+    """The action of a latent. s [..., obs_dim], z [..., 2 act_dim] -> [..., act_dim] in [-1, 1]"""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.net = mlp(obs_dim + 2 * act_dim, 750, 750, act_dim)
+
+    def forward(self, s, z):
+        return torch.tanh(self.net(torch.cat([s, z], dim=-1)))
+
+
+# --- all agents at once ---
+
+
+class Stacked:
+    """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
+
+    Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
+    vmap over params runs them for all agents.
+    """
+
+    def __init__(self, networks, device):
+        params, _ = stack_module_state(networks)
+        self.params = {k: p.detach().to(device).requires_grad_() for k, p in params.items()}
+        self.module = copy.deepcopy(networks[0]).to("meta")  # the function without weights
+
+    def bind(self, params):
+        """Returns the network of one agent, given its weights, as a function."""
+        return lambda *inputs: functional_call(self.module, params, inputs)
+
+    def copy_params(self):
+        """Returns the weights of target networks that start where these are."""
+        return {k: p.detach().clone() for k, p in self.params.items()}
+
+
+def adam(networks, args, device):
+    """Returns an Adam for networks, a list of (weights by name, learning rate)."""
+    groups = [{"params": list(params.values()), "lr": lr} for params, lr in networks]
+    return torch.optim.Adam(groups, fused=True, capturable=records_graph(args, device))
+
+
+def descend(optimizer, losses):
+    """Takes a step on losses [num_seeds]. Their sum gives each agent the gradient of its own."""
+    optimizer.zero_grad()
+    # not torch.autograd.grad: the fused optimizer misreads a gradient that is laid out in memory
+    # otherwise than its weight, and only backward makes them alike
+    losses.sum().backward(inputs=[p for g in optimizer.param_groups for p in g["params"]])
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target, params, tau):
+    """Moves the target's weights by the share tau towards the network's."""
+    torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
+
+
+def records_graph(args, device):
+    """Whether updates run as recorded CUDA graphs."""
+    return device.type == "cuda" and args.compile is not False
+
+
+def record_graph(function):
+    """Records what function() does on the GPU; returns a function that does it in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+# --- MCQ ---
+
+
+class MCQNoise(NamedTuple):
+    """Unit normal noise of an update, n = --num-actions; a leading [num_seeds] outside of vmap."""
+
+    vae: torch.Tensor  # [B, 2 act_dim]: latents of the VAE's loss
+    target: torch.Tensor  # [B, act_dim]: next actions of the target
+    behaviour: torch.Tensor  # [2B, n, 2 act_dim]: latents of the behaviour policy's actions
+    policy: torch.Tensor  # [2B, act_dim]: the policy's actions in s and s'
+    actor: torch.Tensor  # [B, act_dim]: actions of the actor's loss
+
+    @classmethod
+    def draw(cls, a, args):
+        """Draws for a batch whose actions are a [num_seeds, B, act_dim]."""
+        num_seeds, B, A = a.shape
+        shapes = [(B, 2 * A), (B, A), (2 * B, args.num_actions, 2 * A), (2 * B, A), (B, A)]
+        return cls(*(torch.randn(num_seeds, *shape, device=a.device) for shape in shapes))
+
+
+def gaussian_log_prob(mean, log_std, x):
+    """log N(x; mean, exp(log_std)^2), summed over the last dimension."""
+    z = (x - mean) * (-log_std).exp()
+    return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def tanh_gaussian(mean, log_std, noise):
+    """Actions tanh(x), x = mean + exp(log_std) noise, and their log density.
+
+    All [..., act_dim]; the density is [...]. It is computed from x, so that it stays finite where
+    tanh(x) rounds to 1 or -1.
+    """
+    x = mean + log_std.exp() * noise
+    log_derivative = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log (1 - tanh(x)^2)
+    return torch.tanh(x), gaussian_log_prob(mean, log_std, x) - log_derivative.sum(-1)
+
+
+def repeat(x, n):
+    """[B, ...] -> [B, n, ...]"""
+    return x.unsqueeze(1).expand(-1, n, *x.shape[1:])
+
+
+def sac_actor_loss(critic, s, a, log_pi, alpha):
+    """alpha log pi(a | s) - min Q(s, a), a drawn from pi (SAC, eq. 7), for one agent."""
+    return (alpha * log_pi - torch.min(*critic(s, a))).mean()
+
+
+def sac_temperature_loss(log_alpha, log_pi, act_dim):
+    """Moves the temperature until the entropy of pi is -act_dim (SAC, eq. 18)."""
+    return -(log_alpha * (log_pi.detach() - act_dim).mean())
+
+
+def vae_loss(encoder, decoder, batch, noise):
+    """Reconstruction error and KL divergence from the unit normal, both means over dimensions."""
+    mean, log_std = encoder(batch.s, batch.a)
+    recon = decoder(batch.s, mean + log_std.exp() * noise.vae)
+    kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean()
+    return F.mse_loss(recon, batch.a) + kl
+
+
+def clamped_alpha(log_alpha):
+    """The temperature, at most 1."""
+    return log_alpha.exp().detach().clamp(max=1.0)
+
+
+def mcq_critic_loss(critic, critic_target, actor, decoder, log_alpha, batch, noise, args):
+    """The loss at the data and at the policy's own actions, for one agent (MCQ, Algorithm 1).
+
+    Targets at the data: r + gamma (min Q(s', a') - alpha log pi(a' | s')), a' drawn from pi. At the
+    policy's actions in s and in s': the largest of each target Q over the behaviour policy's
+    actions, then the smaller of the two.
+    """
+    with torch.no_grad():
+        a_next, log_pi = tanh_gaussian(*actor(batch.s_next), noise.target)
+        q_next = torch.min(*critic_target(batch.s_next, a_next)) - clamped_alpha(log_alpha) * log_pi
+        target = batch.r + args.discount * (1 - batch.terminal) * q_next
+        s = torch.cat([batch.s, batch.s_next])  # [2B, obs_dim]
+        s_n = repeat(s, args.num_actions)
+        a_behaviour = decoder(s_n, noise.behaviour.clamp(-0.5, 0.5))  # [2B, n, act_dim]
+        target_ood = torch.min(*(q.amax(-1) for q in critic_target(s_n, a_behaviour)))
+        a_ood, _ = tanh_gaussian(*actor(s), noise.policy)
+    loss = sum(F.mse_loss(q, target) for q in critic(batch.s, batch.a))
+    loss_ood = sum(F.mse_loss(q, target_ood) for q in critic(s, a_ood))
+    return args.lmbda * loss + (1 - args.lmbda) * loss_ood
+
+
+def mcq_actor_losses(actor, critic, log_alpha, batch, noise):
+    """The losses of actor and temperature."""
+    a, log_pi = tanh_gaussian(*actor(batch.s), noise.actor)
+    return {
+        "actor_loss": sac_actor_loss(critic, batch.s, a, log_pi, clamped_alpha(log_alpha)),
+        "alpha_loss": sac_temperature_loss(log_alpha, log_pi, a.shape[-1]),
+    }
+
+
+class MCQ:
+    """num_seeds agents of MCQ: networks, target networks, temperature, optimizers."""
+
+    def __init__(self, args, obs_dim, act_dim, device):
+        actors, critics, encoders, decoders = [], [], [], []
+        for seed in range(args.seed, args.seed + args.num_seeds):
+            torch.manual_seed(seed)
+            actors.append(MCQActor(obs_dim, act_dim, args.actor_dropout))
+            critics.append(TwinCritic(obs_dim, act_dim, (400, 400)))
+            encoders.append(Encoder(obs_dim, act_dim))
+            decoders.append(Decoder(obs_dim, act_dim))
+        self.actor, self.critic = Stacked(actors, device), Stacked(critics, device)
+        self.encoder, self.decoder = Stacked(encoders, device), Stacked(decoders, device)
+        self.critic_target = self.critic.copy_params()
+        log_alpha = torch.zeros(args.num_seeds, device=device, requires_grad=True)
+        self.temperature = {"log_alpha": log_alpha}
+        self.weights = {  # all that policy.pt holds
+            "actor": self.actor.params,
+            "critic": self.critic.params,
+            "critic_target": self.critic_target,
+            "encoder": self.encoder.params,
+            "decoder": self.decoder.params,
+            "temperature": self.temperature,
+        }
+        actor = [(self.actor.params, args.lr), (self.temperature, args.lr)]
+        vae = [(self.encoder.params, args.vae_lr), (self.decoder.params, args.vae_lr)]
+        self.optimizers = {
+            "vae": adam(vae, args, device),
+            "critic": adam([(self.critic.params, args.lr)], args, device),
+            "actor": adam(actor, args, device),
+        }
+
+    @torch.no_grad()
+    def act(self, s):
+        """The actions to take in standardised states. [num_seeds, K, obs_dim] -> [.., act_dim]"""
+        self.actor.module.eval()  # no dropout
+        mean, _ = vmap(lambda params, s: self.actor.bind(params)(s))(self.actor.params, s)
+        self.actor.module.train()
+        return torch.tanh(mean)
+
+
+def update(agents, batch, noise, args):
+    """One update of every agent, each on its own batch: VAE, critics, then actor and temperature.
+
+    The fields of batch and noise are [num_seeds, B, ...]. Returns the losses by name, [num_seeds].
+    """
+    bind_actor, bind_critic = agents.actor.bind, agents.critic.bind
+    bind_encoder, bind_decoder = agents.encoder.bind, agents.decoder.bind
+    actor, log_alpha = agents.actor.params, agents.temperature["log_alpha"]
+    critic, critic_target = agents.critic.params, agents.critic_target
+    encoder, decoder = agents.encoder.params, agents.decoder.params
+
+    def vae_losses(encoder, decoder, batch, noise):
+        return vae_loss(bind_encoder(encoder), bind_decoder(decoder), batch, noise)
+
+    def critic_losses(critic, critic_target, actor, decoder, log_alpha, batch, noise):
+        critics = bind_critic(critic), bind_critic(critic_target)
+        others = bind_actor(actor), bind_decoder(decoder), log_alpha
+        return mcq_critic_loss(*critics, *others, batch, noise, args)
+
+    def actor_losses(actor, critic, log_alpha, batch, noise):
+        return mcq_actor_losses(bind_actor(actor), bind_critic(critic), log_alpha, batch, noise)
+
+    losses = {"vae_loss": vmap(vae_losses)(encoder, decoder, batch, noise)}
+    descend(agents.optimizers["vae"], losses["vae_loss"])
+    losses["critic_loss"] = vmap(critic_losses, randomness="different")(
+        critic, critic_target, actor, decoder, log_alpha, batch, noise
+    )
+    descend(agents.optimizers["critic"], losses["critic_loss"])
+    own = vmap(actor_losses, randomness="different")(actor, critic, log_alpha, batch, noise)
+    descend(agents.optimizers["actor"], sum(own.values()))
+    polyak(critic_target, critic, args.tau)
+    return {name: loss.detach() for name, loss in (losses | own).items()}
+
+
+# --- evaluation ---
+
+
+def make_env(dataset):
+    """Makes the dataset's own evaluation environment, its observations flattened."""
+    try:
+        env = dataset.source.recover_environment(eval_env=True)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {dataset.env_id} needs the package {error.name}; pip install it")
+    return gym.wrappers.FlattenObservation(env)
+
+
+def evaluate(agents, envs, scaling, args, device):
+    """Runs --eval-episodes whole episodes of every agent. Returns their mean returns [num_seeds].
+
+    envs is a list of num_seeds * K environments, which step side by side. Episode e of an agent
+    starts from the same state in every evaluation.
+    """
+    num_parallel = len(envs) // args.num_seeds
+    returns = np.zeros(args.num_seeds)
+    for first in range(0, args.eval_episodes, num_parallel):
+        num_episodes = min(num_parallel, args.eval_episodes - first)
+        alive = [(agent, k) for agent in range(args.num_seeds) for k in range(num_episodes)]
+        states = np.zeros((args.num_seeds, num_parallel, len(scaling.obs_mean)))
+        for agent, k in alive:
+            seed = 1000 * (args.seed + agent) + first + k
+            states[agent, k], _ = envs[agent * num_parallel + k].reset(seed=seed)
+        while alive:
+            actions = agents.act(torch.from_numpy(scaling.states(states)).to(device))
+            actions = scaling.env_actions(actions.cpu().numpy())
+            still_alive = []
+            for agent, k in alive:
+                env = envs[agent * num_parallel + k]
+                states[agent, k], reward, terminated, truncated, _ = env.step(actions[agent, k])
+                returns[agent] += reward
+                if not (terminated or truncated):
+                    still_alive.append((agent, k))
+            alive = still_alive
+    return returns / args.eval_episodes
+
+
+# --- run ---
+
+
+def load_policy(path, flag):
+    """Reads policy.pt as plain tensors and values; nothing in it is executed."""
+    script = Path(__file__).stem
+    require(path.is_file(), f"{flag} {path}: no such file; the first evaluation of a run writes it")
+    try:
+        policy = torch.load(path, map_location="cpu", weights_only=True)
+        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+    except Exception as error:
+        sys.exit(f"error: {flag} {path}: not a whole policy.pt ({type(error).__name__})")
+    require(kind == "gta-policy", f"{flag} {path}: a {kind} file, not a policy")
+    require(version == 1, f"{flag} {path}: format version {version}; this program reads version 1")
+    require(algorithm == script, f"{flag} {path}: a policy of {algorithm}.py, not of {script}.py")
+    return policy
+
+
+def load_start(args):
+    """Returns the policy.pt that --load or --resume names, or None, and takes over its flags.
+
+    --load takes the number of agents, their seeds and, if no data is named, the dataset. --resume
+    takes every flag that makes a difference, and exits if another value of one was typed.
+    """
+    require(not (args.load and args.resume), "--load and --resume exclude each other")
+    if args.load:
+        policy = load_policy(args.load, "--load")
+        args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
+        args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
+        return policy
+    if args.resume is None:
+        return None
+    policy = load_policy(args.resume / "policy.pt", "--resume")
+    typed, default = plain_args(args), plain_args(Args())
+    free = {"resume", "load", "runs", "device", "compile", "track"}
+    for key in [key for key in typed if key not in free and not key.startswith("wandb")]:
+        old = policy["args"][key]
+        require(
+            typed[key] in (old, default[key]),
+            f"--resume {args.resume}: was trained with {key} = {old}, not {typed[key]}; give no "
+            "other flags than those of the device and of wandb",
+        )
+        setattr(args, key, Path(old) if key == "aug" and old else old)
+    return policy
+
+
+def put_weights(agents, policy):
+    """Copies the weights of policy.pt into agents."""
+    for name, params in agents.weights.items():
+        for key, p in params.items():
+            own = policy["weights"].get(name, {}).get(key)
+            fits = own is not None and own.shape == p.shape
+            require(fits, f"policy.pt: {name} {key} does not fit this network; use the same flags")
+            p.data.copy_(own)
+
+
+def put_training_state(agents, policy, device):
+    """Puts the optimizers and the random generators back to where policy.pt was written."""
+    for name, optimizer in agents.optimizers.items():
+        own_groups = optimizer.state_dict()["param_groups"]
+        state = {"state": policy["optimizers"][name], "param_groups": own_groups}
+        optimizer.load_state_dict(state)
+    set_rng_state(policy["rng"], device)
+
+
+def start_run(args, dataset, aug, references):
+    """Makes the run's folder with config.json, or takes that of --resume. Returns it."""
+    script = Path(__file__).stem
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    label = f"{script}-{dataset.name}-{aug}-{args.seed}-{now}"
+    run = args.resume or args.runs / re.sub(r"[^\w.+-]+", "_", label)
+    config = {
+        "script": script,
+        **plain_args(args),
+        "aug_label": aug,
+        "dataset": dataset.name,
+        "dataset_ids": dataset.ids,
+        "env_id": dataset.env_id,
+        "reference_returns": references,
+    }
+    if args.resume is None:
+        run.mkdir(parents=True)
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomically(run / "config.json", lambda file: file.write(text.encode()))
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project, "entity": args.wandb_entity, "name": run.name}
+        wandb.init(**names, id=run.name, resume="allow", config=config)
+    return run
+
+
+def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
+    """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
+    policy = {
+        "format": "gta-policy",
+        "format_version": 1,
+        "algorithm": Path(__file__).stem,
+        "args": plain_args(args),
+        "env_id": dataset.env_id,
+        "dataset_ids": dataset.ids,
+        "aug_label": aug,
+        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+        "weights": agents.weights,
+        "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
+        "rng": get_rng_state(device),
+        "update": step,
+        "evals": evals,
+    }
+    write_atomically(run / "policy.pt", lambda file: torch.save(policy, file))
+
+
+def write_evals(run, evals):
+    """Writes evals.csv: a row of update, seed, return, score for every agent and evaluation."""
+    rows = [f"{step},{seed},{value:.4f},{score:.4f}\n" for step, seed, value, score in evals]
+    text = "".join(["update,seed,return,score\n", *rows])
+    write_atomically(run / "evals.csv", lambda file: file.write(text.encode()))
+
+
+def log_to_wandb(step, losses, returns, scores):
+    """Logs the means over the seeds."""
+    import wandb
+
+    log = {name: loss.mean().item() for name, loss in losses.items()}
+    wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
+
+
+def main(args):
+    policy = load_start(args)
+    require_positive(args, "batch_size", "num_seeds", "eval_every", "num_actions", "lr", "vae_lr")
+    require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
+    require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
+    device = pick_device(args.device)
+
+    dataset, episodes, _, aug = load_episodes(args)
+    fill_in_by_domain(args, dataset.env_id)
+    require_positive(args, "eval_episodes", "reward_scale")
+    scaling = make_scaling(episodes, dataset.source.action_space)
+    if policy:
+        own, other = policy["env_id"], dataset.env_id
+        require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
+        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        aug = policy["aug_label"] if args.train_steps == 0 else aug
+    obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
+    data = pack_transitions(scale_rewards(episodes, dataset, args), scaling, device)
+    agents = MCQ(args, obs_dim, act_dim, device)
+    if policy:
+        put_weights(agents, policy)
+    envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
+    score_0, score_100 = reference_returns(dataset)
+    run = start_run(args, dataset, aug, [score_0, score_100])
+    torch.manual_seed(args.seed)
+    first_step, evals, losses = 0, [], {}
+    if args.resume:
+        put_training_state(agents, policy, device)
+        first_step, evals = policy["update"], policy["evals"]
+        print(f"resumed {run} at update {first_step} of {args.train_steps}")
+
+    def train_step():
+        batch = draw_batch(data, args.num_seeds, args.batch_size, obs_dim, act_dim, args.s4rl_sigma)
+        return update(agents, batch, MCQNoise.draw(batch.a, args), args)
+
+    def evaluate_and_save(step):
+        returns = evaluate(agents, envs, scaling, args, device)
+        scores = 100 * (returns - score_0) / (score_100 - score_0)
+        for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
+            evals.append([step, seed, *row])
+        save_policy(run, step, agents, evals, scaling, dataset, aug, args, device)
+        write_evals(run, evals)
+        if args.track:
+            log_to_wandb(step, losses, returns, scores)
+        progress.set_postfix(score=f"{scores.mean():.1f}")
+
+    train = train_step
+    # a CUDA graph is recorded when some updates have run and made the optimizer's state
+    last_eager_step = first_step + 10
+    steps = range(first_step + 1, args.train_steps + 1)
+    progress = tqdm(steps, initial=first_step, total=args.train_steps, unit="update")
+    try:
+        for step in progress:
+            if records_graph(args, device) and step == last_eager_step + 1:
+                train = record_graph(train_step)
+            losses.update(train())
+            if step % args.eval_every == 0 or step == args.train_steps:
+                evaluate_and_save(step)
+        if args.train_steps == 0:
+            evaluate_and_save(0)
+    except KeyboardInterrupt:
+        progress.close()
+        sys.exit(f"interrupted; --resume {run} continues from its last evaluation, if there is one")
+    write_evals(run, evals)  # a resumed run may have been killed just before it wrote them
+    scores = np.array([score for _, _, _, score in evals[-args.num_seeds :]])
+    algorithm = Path(__file__).stem + ("" if aug == "none" else f" + {aug}")
+    seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
+    print(f"wrote {run}")
+    print(f"{dataset.name} | {algorithm} | {scores.mean():.1f} +- {scores.std():.1f} over {seeds}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
