@@ -526,7 +526,7 @@ def pack_steps(dataset, episodes, buffer, scaling, args, device):
     return torch.from_numpy(packed).to(device)
 
 
-class Windows(NamedTuple):  # of one agent, L = --context; a leading [num_seeds] outside of vmap
+class Sequences(NamedTuple):  # of one agent, L = --context; a leading [num_seeds] outside of vmap
     returns: torch.Tensor  # [B, L] returns to go, scaled
     s: torch.Tensor  # [B, L, obs_dim] standardised
     a: torch.Tensor  # [B, L, act_dim] in [-1, 1]
@@ -534,7 +534,7 @@ class Windows(NamedTuple):  # of one agent, L = --context; a leading [num_seeds]
     mask: torch.Tensor  # [B, L] 1 in the episode, 0 in the padding after its end
 
 
-def draw_windows(data, num_seeds, obs_dim, act_dim, args):
+def draw_sequences(data, num_seeds, obs_dim, act_dim, args):
     """Draws windows for every agent. All fields [num_seeds, B, L, ...]
 
     All steps are equally likely to be a window's first, so that an episode is drawn in proportion
@@ -547,7 +547,7 @@ def draw_windows(data, num_seeds, obs_dim, act_dim, args):
     mask = (step < left[..., :1, 0]).to(s.dtype)
     if args.s4rl_sigma:
         s = s + args.s4rl_sigma * torch.randn_like(s)
-    return Windows(returns.squeeze(-1), s, a, timestep.squeeze(-1).long(), mask)
+    return Sequences(returns.squeeze(-1), s, a, timestep.squeeze(-1).long(), mask)
 
 
 # --- networks ---
@@ -651,10 +651,10 @@ def record_graph(function):
 # --- DT ---
 
 
-def dt_loss(transformer, windows):
+def dt_loss(transformer, sequences):
     """Squared error of the actions, for one agent. The padding counts as predicted right."""
-    a = transformer(windows.returns, windows.s, windows.a, windows.timestep)
-    return ((a - windows.a).square() * windows.mask.unsqueeze(-1)).mean()
+    a = transformer(sequences.returns, sequences.s, sequences.a, sequences.timestep)
+    return ((a - sequences.a).square() * sequences.mask.unsqueeze(-1)).mean()
 
 
 def clip_gradients(params, max_norm):
@@ -691,7 +691,7 @@ class DT:
 
     @torch.no_grad()
     def act(self, returns, s, a, timestep):
-        """The action of the last step. Fields as in Windows, [num_seeds, K, L, ...], a's last one
+        """The action of the last step. Fields as in Sequences, [num_seeds, K, L, ...], a's last one
         unused -> [num_seeds, K, act_dim]"""
         self.transformer.module.eval()  # no dropout
         params, bind = self.transformer.params, self.transformer.bind
@@ -700,17 +700,17 @@ class DT:
         return a[:, :, -1]
 
 
-def update(agents, windows, args):
+def update(agents, sequences, args):
     """One update of every agent, each on its own windows, whose fields are [num_seeds, B, L, ...].
 
     Returns the losses by name, each [num_seeds].
     """
     params, optimizer = agents.transformer.params, agents.optimizers["all"]
 
-    def losses_of_one(params, windows):
-        return dt_loss(agents.transformer.bind(params), windows)
+    def losses_of_one(params, sequences):
+        return dt_loss(agents.transformer.bind(params), sequences)
 
-    losses = vmap(losses_of_one, randomness="different")(params, windows)
+    losses = vmap(losses_of_one, randomness="different")(params, sequences)
     optimizer.zero_grad()
     losses.sum().backward(inputs=list(params.values()))
     clip_gradients(params, args.grad_norm)
@@ -805,14 +805,16 @@ def load_start(args):
     if args.resume is None:
         return None
     policy = load_policy(args.resume / "policy.pt", "--resume")
-    typed, default = plain_args(args), plain_args(Args())
+    default = plain_args(Args())
     free = {"resume", "load", "runs", "device", "compile", "track"}
-    for key in [key for key in typed if key not in free and not key.startswith("wandb")]:
+    for key, typed in plain_args(args).items():
+        if key in free or key.startswith("wandb"):
+            continue
         old = policy["args"][key]
         require(
-            typed[key] in (old, default[key]),
-            f"--resume {args.resume}: was trained with {key} = {old}, not {typed[key]}; give no "
-            "other flags than those of the device and of wandb",
+            typed in (old, default[key]),
+            f"--resume {args.resume}: was trained with {key} = {old}, not {typed}; give no other "
+            "flags than those of the device and of wandb",
         )
         setattr(args, key, Path(old) if key == "aug" and old else old)
     return policy
@@ -864,7 +866,7 @@ def start_run(args, dataset, aug, references):
     return run
 
 
-def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
+def save_policy(run, step, agents, evals, scaling, dataset, aug, args):
     """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
     policy = {
         "format": "gta-policy",
@@ -877,7 +879,7 @@ def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
         "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
         "weights": agents.weights,
         "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
-        "rng": get_rng_state(device),
+        "rng": get_rng_state(torch.device(args.device)),
         "update": step,
         "evals": evals,
     }
@@ -914,7 +916,13 @@ def main(args):
     if policy:
         own, other = policy["env_id"], dataset.env_id
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
-        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        its_scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        same_data = all(np.allclose(a, b) for a, b in zip(scaling, its_scaling))
+        require(
+            same_data or not args.resume,
+            f"--resume {args.resume}: the dataset or the buffer has changed since",
+        )
+        scaling = its_scaling
         aug = policy["aug_label"] if args.train_steps == 0 else aug
     obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
     data = pack_steps(dataset, episodes, buffer, scaling, args, device)
@@ -932,14 +940,14 @@ def main(args):
         print(f"resumed {run} at update {first_step} of {args.train_steps}")
 
     def train_step():
-        return update(agents, draw_windows(data, args.num_seeds, obs_dim, act_dim, args), args)
+        return update(agents, draw_sequences(data, args.num_seeds, obs_dim, act_dim, args), args)
 
     def evaluate_and_save(step):
         returns = evaluate_target_return(agents, envs, scaling, args, device)
         scores = 100 * (returns - score_0) / (score_100 - score_0)
         for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
             evals.append([step, seed, *row])
-        save_policy(run, step, agents, evals, scaling, dataset, aug, args, device)
+        save_policy(run, step, agents, evals, scaling, dataset, aug, args)
         write_evals(run, evals)
         if args.track:
             log_to_wandb(step, losses, returns, scores)

@@ -798,14 +798,16 @@ def load_start(args):
     if args.resume is None:
         return None
     policy = load_policy(args.resume / "policy.pt", "--resume")
-    typed, default = plain_args(args), plain_args(Args())
+    default = plain_args(Args())
     free = {"resume", "load", "runs", "device", "compile", "track"}
-    for key in [key for key in typed if key not in free and not key.startswith("wandb")]:
+    for key, typed in plain_args(args).items():
+        if key in free or key.startswith("wandb"):
+            continue
         old = policy["args"][key]
         require(
-            typed[key] in (old, default[key]),
-            f"--resume {args.resume}: was trained with {key} = {old}, not {typed[key]}; give no "
-            "other flags than those of the device and of wandb",
+            typed in (old, default[key]),
+            f"--resume {args.resume}: was trained with {key} = {old}, not {typed}; give no other "
+            "flags than those of the device and of wandb",
         )
         setattr(args, key, Path(old) if key == "aug" and old else old)
     return policy
@@ -857,7 +859,7 @@ def start_run(args, dataset, aug, references):
     return run
 
 
-def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
+def save_policy(run, step, agents, evals, scaling, dataset, aug, args):
     """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
     policy = {
         "format": "gta-policy",
@@ -870,7 +872,7 @@ def save_policy(run, step, agents, evals, scaling, dataset, aug, args, device):
         "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
         "weights": agents.weights,
         "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
-        "rng": get_rng_state(device),
+        "rng": get_rng_state(torch.device(args.device)),
         "update": step,
         "evals": evals,
     }
@@ -906,7 +908,13 @@ def main(args):
     if policy:
         own, other = policy["env_id"], dataset.env_id
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
-        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        its_scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        same_data = all(np.allclose(a, b) for a, b in zip(scaling, its_scaling))
+        require(
+            same_data or not args.resume,
+            f"--resume {args.resume}: the dataset or the buffer has changed since",
+        )
+        scaling = its_scaling
         aug = policy["aug_label"] if args.train_steps == 0 else aug
     obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
     data = pack_transitions(scale_rewards(episodes, dataset, args), scaling, device)
@@ -932,7 +940,7 @@ def main(args):
         scores = 100 * (returns - score_0) / (score_100 - score_0)
         for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
             evals.append([step, seed, *row])
-        save_policy(run, step, agents, evals, scaling, dataset, aug, args, device)
+        save_policy(run, step, agents, evals, scaling, dataset, aug, args)
         write_evals(run, evals)
         if args.track:
             log_to_wandb(step, losses, returns, scores)

@@ -1,4 +1,5 @@
-"""Times stage A's training step against a direct implementation, and TD3+BC's update by seeds.
+"""Times stage A's training step against a direct implementation, and the learners' updates by
+seeds.
 
     python tests/bench_speed.py
 
@@ -14,10 +15,17 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from learners import (  # noqa: E402
+    ACT_DIM,
+    LEARNERS,
+    OBS_DIM,
+    make_agents,
+    make_args,
+    take_update,
+)
 from plain_unet import plain_unet  # noqa: E402
 
 import gta_diffusion as A  # noqa: E402
-import td3bc as C  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -66,29 +74,54 @@ def stage_a(dim=8, batch_size=64, horizon=31, obs_dim=11, act_dim=3):
     )
 
 
-def stage_c(batch_size=256, obs_dim=11, act_dim=3):
-    """An update of TD3+BC with one, four and eight seeds."""
-    data = torch.randn(40_000, 2 * obs_dim + act_dim + 2, device=DEVICE)
-    updates, seeds = [], (1, 4, 8)
+def learner(name, batch_size, seconds=4.0):
+    """Updates per second with one and with eight seeds, batch drawing included."""
+    module = LEARNERS[name]
+    updates, seeds = [], (1, 8)
     for num_seeds in seeds:
-        args = C.Args(num_seeds=num_seeds, device=str(DEVICE))
-        agents = C.TD3BC(args, obs_dim, act_dim, DEVICE)
+        args = make_args(module, num_seeds=num_seeds, batch_size=batch_size, device=str(DEVICE))
+        agents = make_agents(module, args)
+        updates.append(make_step(module, agents, args))
+    one = time_in_turns(updates[:1], turns=3)[0].mean()
+    # a pair of updates, since TD3+BC updates its actor in every second one
+    times = time_in_turns(updates, turns=max(3, int(seconds / (9 * one)))) / 2
+    rates = [1 / np.median(own) for own in times]
+    ratio = np.median(times[1] / times[0])
+    print(
+        f"{name}, batch {batch_size}: {rates[0]:.1f} updates/s with 1 seed, {rates[1]:.1f} with 8, "
+        f"{ratio:.2f} times the time of one seed"
+    )
 
-        def update(agents=agents, args=args):
-            for with_actor in (False, True):
-                batch = C.draw_batch(data, args.num_seeds, batch_size, obs_dim, act_dim, 0.0)
-                C.update(agents, batch, torch.randn_like(batch.a), with_actor, args)
 
-        updates.append(update)
-    seconds = time_in_turns(updates, turns=50) / 2
-    for num_seeds, own in zip(seeds, seconds):
-        print(
-            f"TD3+BC, batch {batch_size}, {num_seeds} seeds: {1 / np.median(own):.0f} updates/s, "
-            f"{np.median(own / seconds[0]):.2f} times the time of one seed"
-        )
+def make_step(module, agents, args):
+    """A function that takes two updates on data that is there already."""
+    rows = torch.randn(40_000, 2 * OBS_DIM + ACT_DIM + 2, device=DEVICE)
+    if module is LEARNERS["dt"]:
+        rows = rows[:, : OBS_DIM + ACT_DIM + 3]
+        rows[:, -2] = torch.arange(len(rows), device=DEVICE) % 900  # timestep
+        rows[:, -1] = 900 - rows[:, -2]  # steps left
+    shape = (args.num_seeds, args.batch_size, OBS_DIM, ACT_DIM, 0.0)
+
+    def draw():
+        if module is LEARNERS["dt"]:
+            return (module.draw_sequences(rows, args.num_seeds, OBS_DIM, ACT_DIM, args),)
+        batch = module.draw_batch(rows, *shape)
+        if module is LEARNERS["td3bc"]:
+            return batch, torch.randn_like(batch.a)
+        if module is LEARNERS["iql"]:
+            return (batch,)
+        noise = module.CQLNoise if module is LEARNERS["cql"] else module.MCQNoise
+        return batch, noise.draw(batch.a, args)
+
+    def step():
+        for n in (1, 2):
+            take_update(module, agents, draw(), n, args)
+
+    return step
 
 
 if __name__ == "__main__":
     print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     stage_a()
-    stage_c()
+    for name, batch_size in {"td3bc": 256, "iql": 256, "cql": 256, "mcq": 256, "dt": 64}.items():
+        learner(name, batch_size)

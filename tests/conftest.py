@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "data" / "hopper-medium-sample"
@@ -25,6 +26,14 @@ def dataset():
     import gta_diffusion
 
     return gta_diffusion.load_dataset(str(SAMPLE))
+
+
+@pytest.fixture
+def float64():
+    """Adam divides by the gradient's size: in float32 a gradient near zero is mostly rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 TINY_A = ["--horizon", 7, "--dim", 8, "--batch-size", 16, "--train-steps", 6]

@@ -1,0 +1,366 @@
+"""What holds for all five learners: seeds, resuming, rewards, other datasets, learning."""
+
+import copy
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SAMPLE, run
+from learners import (
+    LEARNERS,
+    NO_DROPOUT,
+    draw_inputs,
+    make_agents,
+    make_args,
+    of_agent,
+    take_update,
+)
+from minari.data_collector import EpisodeBuffer
+
+every_learner = pytest.mark.parametrize("module", LEARNERS.values(), ids=LEARNERS)
+DT_SMALL = {"context": 5, "embedding_dim": 16, "num_layers": 1, "warmup_steps": 3}
+
+
+def small(module):
+    return DT_SMALL if module.__name__ == "dt" else {}
+
+
+@every_learner
+def test_three_seeds_equal_three_single_agents(float64, module):
+    changes = {"train_steps": 10, **small(module), **NO_DROPOUT.get(module, {})}
+    args = make_args(module, num_seeds=3, seed=7, **changes)
+    singles = [make_args(module, num_seeds=1, seed=7 + i, **changes) for i in range(3)]
+    together, alone = make_agents(module, args), [make_agents(module, own) for own in singles]
+    first = max(next(iter(together.weights.values())).values(), key=torch.numel)
+    assert (first[0] - first[1]).abs().max() > 0.01
+    torch.manual_seed(0)
+    for step in range(1, 5):
+        inputs = draw_inputs(module, args, B=16)
+        losses = take_update(module, together, inputs, step, args)
+        for i, agent in enumerate(alone):
+            own = take_update(module, agent, of_agent(inputs, i), step, singles[i])
+            for name, loss in losses.items():
+                assert loss[i].item() == pytest.approx(own[name].item(), rel=1e-9)
+    for name, params in together.weights.items():
+        for key, p in params.items():
+            for i, agent in enumerate(alone):
+                torch.testing.assert_close(p[i], agent.weights[name][key][0], atol=1e-9, rtol=0)
+
+
+# --- resuming ---
+
+
+def train(module, tmp_path, **changes):
+    """A tiny run by main. Returns its folder."""
+    args = module.Args(
+        env=str(SAMPLE),
+        runs=tmp_path / "runs",
+        device="cpu",
+        num_seeds=2,
+        train_steps=7,
+        batch_size=16,
+        eval_every=2,
+        eval_episodes=1,
+        **small(module),
+    )
+    for key, value in changes.items():
+        setattr(args, key, value)
+    before = set((tmp_path / "runs").glob("*"))
+    module.main(args)
+    return args.resume or (set((tmp_path / "runs").glob("*")) - before).pop()
+
+
+def kill_after(monkeypatch, module, last_step):
+    """Makes main's next run end right after it has written policy.pt at last_step."""
+    save = module.save_policy
+
+    def save_and_die(run, step, *rest):
+        save(run, step, *rest)
+        if step == last_step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_policy", save_and_die)
+
+
+def assert_same(a, b):
+    """Equality to the last bit, through dictionaries and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@every_learner
+def test_a_killed_run_continues_to_the_same_bits(module, tmp_path, monkeypatch, capsys):
+    whole = train(module, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; --resume"):
+        kill_after(patch, module, 4)
+        train(module, tmp_path)
+    (killed,) = set((tmp_path / "runs").iterdir()) - {whole}
+    assert torch.load(killed / "policy.pt", weights_only=True)["update"] == 4
+    assert (killed / "evals.csv").read_text().splitlines()[-1].startswith("2,")  # not yet 4
+    config = (killed / "config.json").read_text()
+    capsys.readouterr()
+    default = module.Args()
+    flags = {key: getattr(default, key) for key in ("env", "num_seeds", "train_steps")}
+    flags |= {key: getattr(default, key) for key in ("batch_size", "eval_every", "eval_episodes")}
+    flags |= {key: getattr(default, key) for key in small(module)}
+    train(module, tmp_path, resume=killed, **flags)  # no flag is repeated
+    output = capsys.readouterr().out
+    assert f"resumed {killed} at update 4 of 7" in output
+    first, second = (torch.load(p / "policy.pt", weights_only=True) for p in (whole, killed))
+    assert first["args"].pop("resume") is None and second["args"].pop("resume") == str(killed)
+    assert_same(first, second)
+    assert (whole / "evals.csv").read_text() == (killed / "evals.csv").read_text()
+    assert (killed / "config.json").read_text() == config
+    assert len(list(killed.iterdir())) == 3
+
+    train(module, tmp_path, resume=killed)  # finished: says the result again, trains no more
+    again = capsys.readouterr().out.splitlines()
+    assert again[-1] == output.splitlines()[-1]
+    assert_same(second | {"args": 0}, torch.load(killed / "policy.pt") | {"args": 0})
+
+
+def test_kill_minus_nine_and_resume(tmp_path):
+    flags = ["--env", SAMPLE, "--train-steps", 120, "--batch-size", 64, "--eval-every", 10]
+    flags = [*map(str, flags), "--eval-episodes", "1"]
+    run(ROOT / "iql.py", *flags, cwd=tmp_path)
+    (whole,) = (tmp_path / "runs").iterdir()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "iql.py", *flags], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    killed = None
+    while killed is None and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+        killed = next((p.parent for p in (tmp_path / "runs").glob("*/policy.pt")
+                       if p.parent != whole), None)  # fmt: skip
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_at = torch.load(killed / "policy.pt", weights_only=True)["update"]
+    assert killed_at < 120
+    output = run(ROOT / "iql.py", "--resume", killed, cwd=tmp_path).stdout
+    assert f"at update {killed_at} of 120" in output
+    first, second = (torch.load(p / "policy.pt", weights_only=True) for p in (whole, killed))
+    for key in ("weights", "optimizers", "rng", "evals"):
+        assert_same(first[key], second[key])
+    assert (whole / "evals.csv").read_text() == (killed / "evals.csv").read_text()
+
+
+def test_resume_takes_no_other_flags_and_needs_a_policy(tmp_path):
+    module = LEARNERS["iql"]
+    whole = train(module, tmp_path)
+    cases = [
+        ({"resume": whole, "batch_size": 17}, "batch_size = 16, not 17"),
+        ({"resume": whole, "seed": 3}, "seed = 0, not 3"),
+        ({"resume": whole, "load": whole / "policy.pt"}, "exclude each other"),
+        ({"resume": tmp_path}, "policy.pt: no such file"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(SystemExit, match=re.escape(message)) as error:
+            train(module, tmp_path, **changes)
+        assert "\n" not in str(error.value)
+    other = LEARNERS["cql"]
+    with pytest.raises(SystemExit, match="a policy of iql.py, not of cql.py"):
+        train(other, tmp_path, resume=whole)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [whole.name]
+
+
+def test_resume_notices_another_buffer(pipeline, tmp_path):
+    module, path = LEARNERS["iql"], tmp_path / "buffer.npz"
+    with np.load(pipeline[0] / "buffer.npz", allow_pickle=False) as file:
+        buffer = dict(file)
+    np.savez(path, **buffer)
+    whole = train(module, tmp_path, aug=path)
+    train(module, tmp_path, resume=whole)
+    np.savez(path, **buffer | {"observations": buffer["observations"] + 0.1})
+    with pytest.raises(SystemExit, match="the dataset or the buffer has changed since"):
+        train(module, tmp_path, resume=whole)
+
+
+@every_learner
+def test_a_loaded_policy_scores_the_same(module, tmp_path, capsys):
+    path = train(module, tmp_path)
+    result = capsys.readouterr().out.splitlines()[-1]
+    flags = {"load": path / "policy.pt", "train_steps": 0, "num_seeds": 1, "seed": 5, "env": None}
+    train(module, tmp_path, **flags)
+    assert capsys.readouterr().out.splitlines()[-1] == result
+    policy = torch.load(path / "policy.pt", weights_only=True)
+    name, params = next(iter(policy["weights"].items()))
+    key = max(params, key=lambda key: params[key].numel())
+    params[key] = params[key][:, :1]
+    torch.save(policy, path / "policy.pt")
+    with pytest.raises(SystemExit, match=re.escape(f"{name} {key} does not fit")):
+        train(module, tmp_path, **flags)
+
+
+def test_wandb_gets_the_evaluations(tmp_path):
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = ["--env", SAMPLE, "--train-steps", 4, "--batch-size", 16, "--eval-every", 2]
+    flags += ["--eval-episodes", 1, "--track"]
+    command = [sys.executable, ROOT / "iql.py", *flags]
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in (b"score", b"return", b"value_loss", b"critic_loss", b"actor_loss"):
+        assert name in content
+
+
+# --- rewards and other datasets ---
+
+
+def test_domains_have_the_papers_constants():
+    expected = {
+        ("iql", "Hopper-v5"): {"expectile": 0.7, "beta": 3.0, "actor_dropout": 0.0},
+        ("iql", "PointMaze_UMaze-v3"): {"expectile": 0.7, "beta": 3.0, "reward_bias": 0.0},
+        ("iql", "AntMaze_UMaze-v5"): {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0},
+        ("iql", "AdroitHandPen-v1"): {"expectile": 0.8, "beta": 3.0, "actor_dropout": 0.1},
+        ("iql", "FrankaKitchen-v1"): {"expectile": 0.7, "beta": 0.5, "actor_dropout": 0.1},
+        ("cql", "Hopper-v5"): {"cql_alpha": 10.0, "target_gap": -1.0, "actor_lr": 3e-5},
+        ("cql", "PointMaze_UMaze-v3"): {"cql_alpha": 10.0, "target_gap": 5.0, "min_gap": None},
+        ("cql", "AntMaze_UMaze-v5"): {
+            "cql_alpha": 5.0,
+            "target_gap": 0.8,
+            "min_gap": -200.0,
+            "max_target_backup": True,
+            "actor_lr": 1e-4,
+            "reward_scale": 10.0,
+            "reward_bias": -5.0,
+        },
+        ("cql", "AdroitHandPen-v1"): {"cql_alpha": 1.0, "actor_lr": 1e-4},
+        ("mcq", "AntMaze_UMaze-v5"): {"lmbda": 0.9, "reward_bias": -1.0},
+        ("td3bc", "AntMaze_UMaze-v5"): {"alpha": 2.5, "reward_bias": -1.0},
+        ("dt", "Hopper-v5"): {"reward_scale": 0.001},
+        ("dt", "PointMaze_UMaze-v3"): {"reward_scale": 1.0},
+    }
+    for (name, env_id), values in expected.items():
+        args = LEARNERS[name].Args()
+        LEARNERS[name].fill_in_by_domain(args, env_id)
+        assert {key: getattr(args, key) for key in values} == values, (name, env_id)
+        assert args.eval_episodes == (10 if env_id == "Hopper-v5" and name != "dt" else 100)
+    args = LEARNERS["iql"].Args(expectile=0.6)
+    LEARNERS["iql"].fill_in_by_domain(args, "AntMaze_UMaze-v5")
+    assert args.expectile == 0.6 and args.beta == 10.0
+
+
+def test_rewards_are_scaled_for_training_alone(dataset):
+    module = LEARNERS["iql"]
+    args = make_args(module, "AntMaze_UMaze-v5", reward_scale=10.0)
+    scaled = module.scale_rewards(dataset.episodes, dataset, args)
+    for own, e in zip(scaled, dataset.episodes):
+        np.testing.assert_allclose(own.rewards, 10 * e.rewards - 1)
+        assert own.observations is e.observations
+    args = make_args(module, normalize_reward=True)
+    scaled = module.scale_rewards(dataset.episodes, dataset, args)
+    returns = [own.rewards.sum() for own in scaled]
+    assert max(returns) - min(returns) == pytest.approx(1000)
+    one = dataset._replace(episodes=dataset.episodes[:1])
+    with pytest.raises(SystemExit, match="--normalize-reward: all episodes"):
+        module.scale_rewards(one.episodes, one, args)
+
+
+@pytest.fixture(scope="module")
+def pusher(tmp_path_factory):
+    """Random actions in Pusher-v5: never terminal, actions in [-2, 2], episodes of any length."""
+    root = tmp_path_factory.mktemp("minari")
+    env = gym.make("Pusher-v5")
+    env.action_space.seed(0)
+    buffers = []
+    for seed, T in enumerate((100, 37, 12, 3)):
+        observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+        for _ in range(T):
+            actions.append(env.action_space.sample())
+            observation, reward, terminated, _, _ = env.step(actions[-1])
+            assert not terminated
+            observations.append(observation)
+            rewards.append(reward)
+        truncations = np.arange(T) == T - 1
+        buffers.append(
+            EpisodeBuffer(
+                observations=np.array(observations),
+                actions=np.array(actions),
+                rewards=np.array(rewards),
+                terminations=np.zeros(T, bool),
+                truncations=truncations,
+            )
+        )
+    old = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(root)
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers("test/pusher-v0", buffers, env=env)
+    os.environ.pop("MINARI_DATASETS_PATH")
+    if old is not None:
+        os.environ["MINARI_DATASETS_PATH"] = old
+    return root / "test" / "pusher-v0"
+
+
+@every_learner
+def test_another_action_space_and_no_terminals(module, pusher, tmp_path, capsys):
+    path = train(module, tmp_path, env=str(pusher), s4rl_sigma=3e-4)
+    output = capsys.readouterr().out
+    assert "4 episodes, 152 transitions, 0 terminals" in output
+    assert "no reference returns for Pusher-v5: the scores are plain returns" in output
+    assert " + s4rl(0.0003) | " in output.splitlines()[-1]
+    policy = torch.load(path / "policy.pt", weights_only=True)
+    finite = [p.isfinite().all() for own in policy["weights"].values() for p in own.values()]
+    assert all(finite)
+    scaling = module.Scaling(*(policy["scaling"][k].numpy() for k in module.Scaling._fields))
+    assert (scaling.env_actions(np.ones(7)) == 2).all()
+    assert (scaling.env_actions(-np.ones(7)) == -2).all()
+    actions = module.load_dataset(str(pusher)).episodes[0].actions
+    assert np.abs(scaling.actions(actions)).max() <= 1
+    np.testing.assert_allclose(scaling.actions(actions), actions / 2, atol=1e-6)
+
+
+# --- learning ---
+
+LEARN = {
+    "td3bc": ["--train-steps", 1000, "--batch-size", 128],
+    "iql": ["--train-steps", 1000, "--batch-size", 128],
+    "cql": ["--train-steps", 500, "--batch-size", 32, "--actor-lr", 3e-4],
+    "mcq": ["--train-steps", 3000, "--batch-size", 64, "--lr", 1e-3],
+    "dt": ["--train-steps", 300, "--batch-size", 16, "--lr", 1e-3, "--warmup-steps", 50],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "mcq" else n for n in LEARN]
+)
+def test_learns_on_the_bundled_dataset(name, tmp_path):
+    """Far above the random policy, whose score is 0."""
+    flags = [*LEARN[name], "--eval-every", 10_000, "--eval-episodes", 5]
+    output = run(ROOT / f"{name}.py", *flags, "--runs", tmp_path).stdout
+    assert float(output.splitlines()[-1].split("|")[2].split()[0]) > 15
+
+
+def test_untrained_agents_score_near_zero(dataset):
+    """What the scores above are compared with."""
+    for module in LEARNERS.values():
+        args = make_args(module, **small(module))
+        agents = make_agents(module, copy.copy(args))
+        scaling = module.make_scaling(dataset.episodes, dataset.source.action_space)
+        envs = [module.make_env(dataset) for _ in range(2)]
+        args.target_return = 3600.0
+        evaluate = getattr(module, "evaluate", None) or module.evaluate_target_return
+        (value,) = evaluate(agents, envs, scaling, args, torch.device("cpu"))
+        assert 100 * (value + 20.272305) / (3234.3 + 20.272305) < 8
