@@ -789,6 +789,8 @@ class CQL:
         if args.target_gap >= 0:
             networks.append((log_alpha_prime, args.lr))
         self.optimizers = {"all": adam(networks, args, device)}
+        # on a CPU agent after agent: the temporaries of all at once outgrow its cache
+        self.chunk_size = 1 if device.type == "cpu" else None
 
     @torch.no_grad()
     def act(self, s):
@@ -811,7 +813,7 @@ def update(agents, batch, noise, args):
         return cql_losses(*networks, temperatures, batch, noise, args)
 
     params = (agents.actor.params, agents.critic.params, agents.critic_target, agents.temperatures)
-    losses = vmap(all_losses)(*params, batch, noise)
+    losses = vmap(all_losses, chunk_size=agents.chunk_size)(*params, batch, noise)
     # each loss reaches one network only, so that their sum gives each network its own
     descend(agents.optimizers["all"], sum(losses.values()))
     polyak(agents.critic_target, agents.critic.params, args.tau)

@@ -36,6 +36,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -685,6 +686,8 @@ class DT:
                 capturable=records_graph(args, device),
             )
         }
+        # on a CPU agent after agent: the temporaries of all at once outgrow its cache
+        self.chunk_size = 1 if device.type == "cpu" else None
 
     def set_lr(self, lr):
         self.optimizers["all"].param_groups[0]["lr"].fill_(lr)
@@ -710,7 +713,8 @@ def update(agents, sequences, args):
     def losses_of_one(params, sequences):
         return dt_loss(agents.transformer.bind(params), sequences)
 
-    losses = vmap(losses_of_one, randomness="different")(params, sequences)
+    lift = partial(vmap, randomness="different", chunk_size=agents.chunk_size)
+    losses = lift(losses_of_one)(params, sequences)
     optimizer.zero_grad()
     losses.sum().backward(inputs=list(params.values()))
     clip_gradients(params, args.grad_norm)

@@ -35,6 +35,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -745,6 +746,8 @@ class MCQ:
             "critic": adam([(self.critic.params, args.lr)], args, device),
             "actor": adam(actor, args, device),
         }
+        # on a CPU agent after agent: the temporaries of all at once outgrow its cache
+        self.chunk_size = 1 if device.type == "cpu" else None
 
     @torch.no_grad()
     def act(self, s):
@@ -777,13 +780,14 @@ def update(agents, batch, noise, args):
     def actor_losses(actor, critic, log_alpha, batch, noise):
         return mcq_actor_losses(bind_actor(actor), bind_critic(critic), log_alpha, batch, noise)
 
-    losses = {"vae_loss": vmap(vae_losses)(encoder, decoder, batch, noise)}
+    lift = partial(vmap, randomness="different", chunk_size=agents.chunk_size)
+    losses = {"vae_loss": lift(vae_losses)(encoder, decoder, batch, noise)}
     descend(agents.optimizers["vae"], losses["vae_loss"])
-    losses["critic_loss"] = vmap(critic_losses, randomness="different")(
+    losses["critic_loss"] = lift(critic_losses)(
         critic, critic_target, actor, decoder, log_alpha, batch, noise
     )
     descend(agents.optimizers["critic"], losses["critic_loss"])
-    own = vmap(actor_losses, randomness="different")(actor, critic, log_alpha, batch, noise)
+    own = lift(actor_losses)(actor, critic, log_alpha, batch, noise)
     descend(agents.optimizers["actor"], sum(own.values()))
     polyak(critic_target, critic, args.tau)
     return {name: loss.detach() for name, loss in (losses | own).items()}

@@ -279,39 +279,49 @@ def test_rewards_are_scaled_for_training_alone(dataset):
         module.scale_rewards(one.episodes, one, args)
 
 
-@pytest.fixture(scope="module")
-def pusher(tmp_path_factory):
-    """Random actions in Pusher-v5: never terminal, actions in [-2, 2], episodes of any length."""
-    root = tmp_path_factory.mktemp("minari")
-    env = gym.make("Pusher-v5")
+def record(root, dataset_id, env, lengths):
+    """Writes a Minari dataset of random actions, an episode for each length. Returns its folder."""
     env.action_space.seed(0)
     buffers = []
-    for seed, T in enumerate((100, 37, 12, 3)):
-        observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+    for seed, T in enumerate(lengths):
+        observations, actions, rewards, terminations = [env.reset(seed=seed)[0]], [], [], []
         for _ in range(T):
             actions.append(env.action_space.sample())
             observation, reward, terminated, _, _ = env.step(actions[-1])
-            assert not terminated
             observations.append(observation)
             rewards.append(reward)
-        truncations = np.arange(T) == T - 1
+            terminations.append(terminated)
+        keys = observations[0].keys() if isinstance(observations[0], dict) else ()
+        stacked = {key: np.array([o[key] for o in observations]) for key in keys}
         buffers.append(
             EpisodeBuffer(
-                observations=np.array(observations),
+                observations=stacked or np.array(observations),
                 actions=np.array(actions),
                 rewards=np.array(rewards),
-                terminations=np.zeros(T, bool),
-                truncations=truncations,
+                terminations=np.array(terminations),
+                truncations=np.arange(T) == T - 1,
             )
         )
-    old = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(root)
-    with pytest.warns(UserWarning):
-        minari.create_dataset_from_buffers("test/pusher-v0", buffers, env=env)
-    os.environ.pop("MINARI_DATASETS_PATH")
-    if old is not None:
-        os.environ["MINARI_DATASETS_PATH"] = old
-    return root / "test" / "pusher-v0"
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        minari.create_dataset_from_buffers(dataset_id, buffers, env=env)
+    return root / dataset_id
+
+
+@pytest.fixture(scope="module")
+def pusher(tmp_path_factory):
+    """Never terminal, actions in [-2, 2], episodes of any length."""
+    env = gym.make("Pusher-v5")
+    return record(tmp_path_factory.mktemp("minari"), "test/pusher-v0", env, (100, 37, 12, 3))
+
+
+@pytest.fixture(scope="module")
+def antmaze(tmp_path_factory):
+    """Dict observations, sparse rewards, another domain."""
+    robotics = pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics")
+    gym.register_envs(robotics)
+    env = gym.make("AntMaze_UMaze-v5")
+    return record(tmp_path_factory.mktemp("minari"), "test/antmaze-v0", env, (50, 20))
 
 
 @every_learner
@@ -330,6 +340,18 @@ def test_another_action_space_and_no_terminals(module, pusher, tmp_path, capsys)
     actions = module.load_dataset(str(pusher)).episodes[0].actions
     assert np.abs(scaling.actions(actions)).max() <= 1
     np.testing.assert_allclose(scaling.actions(actions), actions / 2, atol=1e-6)
+
+
+@every_learner
+def test_a_maze(module, antmaze, tmp_path, capsys):
+    path = train(module, tmp_path, env=str(antmaze), train_steps=2)
+    assert "2 episodes, 70 transitions, 0 terminals" in capsys.readouterr().out
+    policy = torch.load(path / "policy.pt", weights_only=True)
+    defaults = make_args(module, "AntMaze_UMaze-v5")
+    for key in {**module.BY_DOMAIN["default"], **module.BY_DOMAIN.get("antmaze", {})}:
+        assert key == "eval_episodes" or policy["args"][key] == getattr(defaults, key)
+    assert len(policy["scaling"]["obs_mean"]) == 105 + 2 + 2  # the ant, its goal, where it is
+    assert [row[3] for row in policy["evals"]] == [0.0, 0.0]  # never at the goal, as a score
 
 
 # --- learning ---
