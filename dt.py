@@ -29,6 +29,7 @@ Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, po
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,6 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,11 +67,11 @@ class Args:
     train_steps: int = 100_000
     """updates (C.3)"""
     batch_size: int = 1024
-    """windows in a batch"""
+    """windows in a batch (GTA's release)"""
     num_seeds: int = 1
     """independent agents trained at once, with seeds --seed, --seed + 1, ..."""
     lr: float = 1e-4
-    """learning rate of AdamW"""
+    """learning rate of AdamW (GTA's release)"""
     weight_decay: float = 1e-4
     """weight decay of AdamW"""
     warmup_steps: int = 10_000
@@ -91,8 +91,9 @@ class Args:
     episode_len: int = 1000
     """steps in the longest episode; an evaluation ends there"""
     target_return: float | None = None
-    """return to ask for in the environment. Default: see TARGET_RETURNS"""
-    reward_scale: float | None = None
+    """return to ask for in the environment. Default: 12000 in HalfCheetah, 3600 in Hopper, 5000 in
+    Walker2d, 280 in maze2d, 1 in AntMaze, TARGET_RETURNS' in Adroit, else the dataset's best"""
+    return_scale: float | None = None
     """factor of the returns to go that the network sees. Default: 0.001 in locomotion, else 1"""
     eval_every: int = 5_000
     """updates between two evaluations; the last update always has one"""
@@ -120,9 +121,31 @@ class Args:
 
 
 BY_DOMAIN = {  # what differs by domain, from CORL; a flag overrides it
-    "default": {"reward_scale": 1.0, "eval_episodes": 100},
-    "locomotion": {"reward_scale": 0.001},
+    "default": {"return_scale": 1.0, "eval_episodes": 100},
+    "locomotion": {"return_scale": 0.001},
 }
+
+TARGET_RETURNS = {  # in the environment's rewards, from CORL
+    "halfcheetah": 12000.0,
+    "hopper": 3600.0,
+    "walker2d": 5000.0,
+    "antmaze": 1.0,
+    "pointmaze": 280.0,
+    "adroithandpen": 3100.0,
+    "adroithanddoor": 2900.0,
+    "adroithandhammer": 12800.0,
+    "adroithandrelocate": 4300.0,
+}
+
+POLICY_FLAGS = (  # what defines a policy beside its weights
+    "context",
+    "embedding_dim",
+    "num_layers",
+    "num_heads",
+    "episode_len",
+    "target_return",
+    "return_scale",
+)
 
 
 def require(condition, message):
@@ -136,6 +159,14 @@ def require_positive(args, *names):
     for name in names:
         value = getattr(args, name)
         require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
+def require_between(args, low, high, *names):
+    """Ends the program with one line unless all named arguments are within the bounds."""
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -194,8 +225,6 @@ def write_atomically(path, write):
 # --- dataset ---
 
 ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
-
-
 SHORT_NAMES = {  # pattern of a short name -> Minari ids
     rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
     rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
@@ -443,6 +472,14 @@ def load_episodes(args):
     return dataset, episodes, buffer, aug
 
 
+def fingerprint(episodes):
+    """Returns a hash of everything that the episodes hold."""
+    digest = hashlib.sha256()
+    for array in (array for episode in episodes for array in episode):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
 def make_scaling(episodes, action_space):
     """Standardises states by the mean and deviation of all episodes, maps actions to [-1, 1]."""
     states = np.concatenate([e.observations[:-1] for e in episodes])
@@ -454,19 +491,6 @@ def make_scaling(episodes, action_space):
         action_space.low,
         action_space.high,
     )
-
-
-TARGET_RETURNS = {  # in the environment's rewards, from CORL
-    "halfcheetah": 12000.0,
-    "hopper": 3600.0,
-    "walker2d": 5000.0,
-    "antmaze": 1.0,
-    "pointmaze": 280.0,
-    "adroithandpen": 3100.0,
-    "adroithanddoor": 2900.0,
-    "adroithandhammer": 12800.0,
-    "adroithandrelocate": 4300.0,
-}
 
 
 def find_target_return(dataset):
@@ -520,7 +544,7 @@ def pack_steps(dataset, episodes, buffer, scaling, args, device):
     )
     s = scaling.states(np.concatenate([e.observations[:-1] for e in episodes]))
     a = scaling.actions(np.concatenate([e.actions for e in episodes]))
-    r = args.reward_scale * np.concatenate(returns)
+    r = args.return_scale * np.concatenate(returns)
     timestep = np.concatenate([first + np.arange(n) for first, n in zip(first_timesteps, lengths)])
     left = np.concatenate([np.arange(n, 0, -1) for n in lengths])
     packed = np.column_stack([s, a, r, timestep, left]).astype(np.float32)
@@ -599,6 +623,8 @@ class DecisionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        for block in self.blocks[:-1]:
+            nn.init.xavier_uniform_(block.qkv.weight)
 
     def forward(self, returns, s, a, timestep):
         tokens = [self.embed_return(returns.unsqueeze(-1)), self.embed_s(s), self.embed_a(a)]
@@ -631,6 +657,12 @@ class Stacked:
         return {k: p.detach().clone() for k, p in self.params.items()}
 
 
+def lift(function, device):
+    """vmap over the agents; on a CPU, whose cache all of them at once outgrow, one by one."""
+    chunk_size = 1 if device.type == "cpu" else None
+    return vmap(function, randomness="different", chunk_size=chunk_size)
+
+
 def records_graph(args, device):
     """Whether updates run as recorded CUDA graphs."""
     return device.type == "cuda" and args.compile is not False
@@ -653,7 +685,7 @@ def record_graph(function):
 
 
 def dt_loss(transformer, sequences):
-    """Squared error of the actions, for one agent. The padding counts as predicted right."""
+    """Squared error of the actions, for one agent: the mean over [B, L, act_dim], 0 in padding."""
     a = transformer(sequences.returns, sequences.s, sequences.a, sequences.timestep)
     return ((a - sequences.a).square() * sequences.mask.unsqueeze(-1)).mean()
 
@@ -686,8 +718,7 @@ class DT:
                 capturable=records_graph(args, device),
             )
         }
-        # on a CPU agent after agent: the temporaries of all at once outgrow its cache
-        self.chunk_size = 1 if device.type == "cpu" else None
+        self.device = device
 
     def set_lr(self, lr):
         self.optimizers["all"].param_groups[0]["lr"].fill_(lr)
@@ -713,8 +744,7 @@ def update(agents, sequences, args):
     def losses_of_one(params, sequences):
         return dt_loss(agents.transformer.bind(params), sequences)
 
-    lift = partial(vmap, randomness="different", chunk_size=agents.chunk_size)
-    losses = lift(losses_of_one)(params, sequences)
+    losses = lift(losses_of_one, agents.device)(params, sequences)
     optimizer.zero_grad()
     losses.sum().backward(inputs=list(params.values()))
     clip_gradients(params, args.grad_norm)
@@ -757,7 +787,7 @@ def evaluate_target_return(agents, envs, scaling, args, device):
         s = torch.zeros(*shape, args.episode_len, states.shape[-1], device=device)
         a = torch.zeros(*shape, args.episode_len, len(scaling.action_low), device=device)
         for t in range(args.episode_len):
-            R[:, :, t] = torch.from_numpy(args.reward_scale * to_go).to(device)
+            R[:, :, t] = torch.from_numpy(args.return_scale * to_go).to(device)
             s[:, :, t] = torch.from_numpy(scaling.states(states)).to(device)
             window = np.s_[:, :, max(0, t + 1 - args.context) : t + 1]
             a[:, :, t] = agents.act(R[window], s[window], a[window], timesteps[window])
@@ -785,11 +815,12 @@ def load_policy(path, flag):
     require(path.is_file(), f"{flag} {path}: no such file; the first evaluation of a run writes it")
     try:
         policy = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+        kind, version = policy["format"], policy["format_version"]
     except Exception as error:
         sys.exit(f"error: {flag} {path}: not a whole policy.pt ({type(error).__name__})")
     require(kind == "gta-policy", f"{flag} {path}: a {kind} file, not a policy")
-    require(version == 1, f"{flag} {path}: format version {version}; this program reads version 1")
+    require(version == 2, f"{flag} {path}: format version {version}; this program reads version 2")
+    algorithm = policy["algorithm"]
     require(algorithm == script, f"{flag} {path}: a policy of {algorithm}.py, not of {script}.py")
     return policy
 
@@ -797,19 +828,23 @@ def load_policy(path, flag):
 def load_start(args):
     """Returns the policy.pt that --load or --resume names, or None, and takes over its flags.
 
-    --load takes the number of agents, their seeds and, if no data is named, the dataset. --resume
-    takes every flag that makes a difference, and exits if another value of one was typed.
+    --load takes the number of agents, their seeds, what defines the policy (POLICY_FLAGS, unless
+    typed) and, if no data is named, the dataset. --resume takes every flag that makes a difference,
+    and exits if another value of one was typed.
     """
     require(not (args.load and args.resume), "--load and --resume exclude each other")
+    default = plain_args(Args())
     if args.load:
         policy = load_policy(args.load, "--load")
         args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
         args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
+        for key in POLICY_FLAGS:
+            if getattr(args, key) == default[key]:
+                setattr(args, key, policy["args"][key])
         return policy
     if args.resume is None:
         return None
     policy = load_policy(args.resume / "policy.pt", "--resume")
-    default = plain_args(Args())
     free = {"resume", "load", "runs", "device", "compile", "track"}
     for key, typed in plain_args(args).items():
         if key in free or key.startswith("wandb"):
@@ -859,7 +894,10 @@ def start_run(args, dataset, aug, references):
         "reference_returns": references,
     }
     if args.resume is None:
-        run.mkdir(parents=True)
+        try:
+            run.mkdir(parents=True)
+        except OSError as error:
+            sys.exit(f"error: --runs {args.runs}: cannot be written ({error.strerror})")
         text = json.dumps(config, indent=2) + "\n"
         write_atomically(run / "config.json", lambda file: file.write(text.encode()))
     if args.track:
@@ -870,17 +908,14 @@ def start_run(args, dataset, aug, references):
     return run
 
 
-def save_policy(run, step, agents, evals, scaling, dataset, aug, args):
+def save_policy(run, step, agents, evals, about_data, args):
     """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
     policy = {
         "format": "gta-policy",
-        "format_version": 1,
+        "format_version": 2,
         "algorithm": Path(__file__).stem,
         "args": plain_args(args),
-        "env_id": dataset.env_id,
-        "dataset_ids": dataset.ids,
-        "aug_label": aug,
-        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+        **about_data,
         "weights": agents.weights,
         "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
         "rng": get_rng_state(torch.device(args.device)),
@@ -907,27 +942,39 @@ def log_to_wandb(step, losses, returns, scores):
 
 def main(args):
     policy = load_start(args)
-    require_positive(args, "batch_size", "num_seeds", "eval_every", "lr", "context")
+    require_positive(
+        args, "batch_size", "num_seeds", "eval_every", "lr", "warmup_steps", "grad_norm"
+    )
+    require_positive(args, "context", "embedding_dim", "num_layers", "num_heads", "episode_len")
+    require_between(args, 0, 1, "dropout")
+    dim, heads = args.embedding_dim, args.num_heads
+    require(dim % heads == 0, f"--embedding-dim {dim}: must be divisible by --num-heads {heads}")
+    require(args.s4rl_sigma >= 0, f"--s4rl-sigma {args.s4rl_sigma}: must not be negative")
     require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
     require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
     device = pick_device(args.device)
 
     dataset, episodes, buffer, aug = load_episodes(args)
     fill_in_by_domain(args, dataset.env_id)
-    args.target_return = args.target_return or find_target_return(dataset)
-    require_positive(args, "eval_episodes", "reward_scale")
+    if args.target_return is None:
+        args.target_return = find_target_return(dataset)
+    require_positive(args, "eval_episodes", "return_scale")
     scaling = make_scaling(episodes, dataset.source.action_space)
     if policy:
         own, other = policy["env_id"], dataset.env_id
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
-        its_scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
-        same_data = all(np.allclose(a, b) for a, b in zip(scaling, its_scaling))
-        require(
-            same_data or not args.resume,
-            f"--resume {args.resume}: the dataset or the buffer has changed since",
-        )
-        scaling = its_scaling
+        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
         aug = policy["aug_label"] if args.train_steps == 0 else aug
+    about_data = {
+        "env_id": dataset.env_id,
+        "dataset_ids": dataset.ids,
+        "data_sha256": fingerprint(episodes),
+        "aug_label": aug,
+        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+    }
+    if args.resume:
+        same_data = policy["data_sha256"] == about_data["data_sha256"]
+        require(same_data, f"--resume {args.resume}: the dataset or the buffer has changed since")
     obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
     data = pack_steps(dataset, episodes, buffer, scaling, args, device)
     agents = DT(args, obs_dim, act_dim, device)
@@ -951,7 +998,7 @@ def main(args):
         scores = 100 * (returns - score_0) / (score_100 - score_0)
         for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
             evals.append([step, seed, *row])
-        save_policy(run, step, agents, evals, scaling, dataset, aug, args)
+        save_policy(run, step, agents, evals, about_data, args)
         write_evals(run, evals)
         if args.track:
             log_to_wandb(step, losses, returns, scores)

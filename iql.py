@@ -29,6 +29,7 @@ Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, po
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -130,6 +131,8 @@ BY_DOMAIN = {  # what differs by domain; a flag overrides it
     "kitchen": {"beta": 0.5, "actor_dropout": 0.1},  # IQL's paper
 }
 
+POLICY_FLAGS = ()  # what defines a policy beside its weights
+
 
 def require(condition, message):
     """Ends the program with one line and exit code 1 unless the condition holds."""
@@ -142,6 +145,14 @@ def require_positive(args, *names):
     for name in names:
         value = getattr(args, name)
         require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
+def require_between(args, low, high, *names):
+    """Ends the program with one line unless all named arguments are within the bounds."""
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -200,8 +211,6 @@ def write_atomically(path, write):
 # --- dataset ---
 
 ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
-
-
 SHORT_NAMES = {  # pattern of a short name -> Minari ids
     rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
     rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
@@ -458,6 +467,14 @@ def scale_rewards(episodes, dataset, args):
         require(span > 0, "--normalize-reward: all episodes of the dataset have the same return")
         scale *= 1000 / span
     return [e._replace(rewards=scale * e.rewards + args.reward_bias) for e in episodes]
+
+
+def fingerprint(episodes):
+    """Returns a hash of everything that the episodes hold."""
+    digest = hashlib.sha256()
+    for array in (array for episode in episodes for array in episode):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def make_scaling(episodes, action_space):
@@ -774,11 +791,12 @@ def load_policy(path, flag):
     require(path.is_file(), f"{flag} {path}: no such file; the first evaluation of a run writes it")
     try:
         policy = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version, algorithm = (policy[k] for k in ("format", "format_version", "algorithm"))
+        kind, version = policy["format"], policy["format_version"]
     except Exception as error:
         sys.exit(f"error: {flag} {path}: not a whole policy.pt ({type(error).__name__})")
     require(kind == "gta-policy", f"{flag} {path}: a {kind} file, not a policy")
-    require(version == 1, f"{flag} {path}: format version {version}; this program reads version 1")
+    require(version == 2, f"{flag} {path}: format version {version}; this program reads version 2")
+    algorithm = policy["algorithm"]
     require(algorithm == script, f"{flag} {path}: a policy of {algorithm}.py, not of {script}.py")
     return policy
 
@@ -786,19 +804,23 @@ def load_policy(path, flag):
 def load_start(args):
     """Returns the policy.pt that --load or --resume names, or None, and takes over its flags.
 
-    --load takes the number of agents, their seeds and, if no data is named, the dataset. --resume
-    takes every flag that makes a difference, and exits if another value of one was typed.
+    --load takes the number of agents, their seeds, what defines the policy (POLICY_FLAGS, unless
+    typed) and, if no data is named, the dataset. --resume takes every flag that makes a difference,
+    and exits if another value of one was typed.
     """
     require(not (args.load and args.resume), "--load and --resume exclude each other")
+    default = plain_args(Args())
     if args.load:
         policy = load_policy(args.load, "--load")
         args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
         args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
+        for key in POLICY_FLAGS:
+            if getattr(args, key) == default[key]:
+                setattr(args, key, policy["args"][key])
         return policy
     if args.resume is None:
         return None
     policy = load_policy(args.resume / "policy.pt", "--resume")
-    default = plain_args(Args())
     free = {"resume", "load", "runs", "device", "compile", "track"}
     for key, typed in plain_args(args).items():
         if key in free or key.startswith("wandb"):
@@ -848,7 +870,10 @@ def start_run(args, dataset, aug, references):
         "reference_returns": references,
     }
     if args.resume is None:
-        run.mkdir(parents=True)
+        try:
+            run.mkdir(parents=True)
+        except OSError as error:
+            sys.exit(f"error: --runs {args.runs}: cannot be written ({error.strerror})")
         text = json.dumps(config, indent=2) + "\n"
         write_atomically(run / "config.json", lambda file: file.write(text.encode()))
     if args.track:
@@ -859,17 +884,14 @@ def start_run(args, dataset, aug, references):
     return run
 
 
-def save_policy(run, step, agents, evals, scaling, dataset, aug, args):
+def save_policy(run, step, agents, evals, about_data, args):
     """Writes policy.pt: what is needed to act, and to go on training, and the evaluations."""
     policy = {
         "format": "gta-policy",
-        "format_version": 1,
+        "format_version": 2,
         "algorithm": Path(__file__).stem,
         "args": plain_args(args),
-        "env_id": dataset.env_id,
-        "dataset_ids": dataset.ids,
-        "aug_label": aug,
-        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+        **about_data,
         "weights": agents.weights,
         "optimizers": {k: o.state_dict()["state"] for k, o in agents.optimizers.items()},
         "rng": get_rng_state(torch.device(args.device)),
@@ -897,25 +919,32 @@ def log_to_wandb(step, losses, returns, scores):
 def main(args):
     policy = load_start(args)
     require_positive(args, "batch_size", "num_seeds", "eval_every", "lr")
+    require_between(args, 0, 1, "discount", "tau")
+    require(args.s4rl_sigma >= 0, f"--s4rl-sigma {args.s4rl_sigma}: must not be negative")
     require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
     require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
     device = pick_device(args.device)
 
     dataset, episodes, _, aug = load_episodes(args)
     fill_in_by_domain(args, dataset.env_id)
-    require_positive(args, "eval_episodes", "reward_scale")
+    require_positive(args, "eval_episodes", "reward_scale", "beta")
+    require_between(args, 0, 1, "expectile", "actor_dropout")
     scaling = make_scaling(episodes, dataset.source.action_space)
     if policy:
         own, other = policy["env_id"], dataset.env_id
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
-        its_scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
-        same_data = all(np.allclose(a, b) for a, b in zip(scaling, its_scaling))
-        require(
-            same_data or not args.resume,
-            f"--resume {args.resume}: the dataset or the buffer has changed since",
-        )
-        scaling = its_scaling
+        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
         aug = policy["aug_label"] if args.train_steps == 0 else aug
+    about_data = {
+        "env_id": dataset.env_id,
+        "dataset_ids": dataset.ids,
+        "data_sha256": fingerprint(episodes),
+        "aug_label": aug,
+        "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
+    }
+    if args.resume:
+        same_data = policy["data_sha256"] == about_data["data_sha256"]
+        require(same_data, f"--resume {args.resume}: the dataset or the buffer has changed since")
     obs_dim, act_dim = len(scaling.obs_mean), len(scaling.action_low)
     data = pack_transitions(scale_rewards(episodes, dataset, args), scaling, device)
     agents = IQL(args, obs_dim, act_dim, device)
@@ -940,7 +969,7 @@ def main(args):
         scores = 100 * (returns - score_0) / (score_100 - score_0)
         for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
             evals.append([step, seed, *row])
-        save_policy(run, step, agents, evals, scaling, dataset, aug, args)
+        save_policy(run, step, agents, evals, about_data, args)
         write_evals(run, evals)
         if args.track:
             log_to_wandb(step, losses, returns, scores)

@@ -59,14 +59,19 @@ def of_agent(inputs, i):
     )
 
 
-def take_update(module, agents, inputs, step, args):
-    """The update of main at a step, its schedule included. Returns the losses by name."""
-    if module is td3bc:
-        return td3bc.update(agents, *inputs, step % args.policy_freq == 0, args)
+def set_schedule(module, agents, step, args):
+    """Sets the learning rates of a step, as main does."""
     if module is iql:
         agents.set_actor_lr(args.lr * iql.cosine_decay(step, args.train_steps))
     if module is dt:
         agents.set_lr(args.lr * min(step / args.warmup_steps, 1.0))
+
+
+def take_update(module, agents, inputs, step, args):
+    """The update of main at a step, its schedule included. Returns the losses by name."""
+    set_schedule(module, agents, step, args)
+    if module is td3bc:
+        return td3bc.update(agents, *inputs, step % args.policy_freq == 0, args)
     return module.update(agents, *inputs, args)
 
 

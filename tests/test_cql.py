@@ -30,7 +30,7 @@ class PlainCQL(PlainSAC):
     def __init__(self, agents, i, args):
         super().__init__(agents, i)
         self.args = args
-        alphas = self.weights["temperatures"]
+        alphas = self.weights["multipliers"]
         self.optimizers = {
             "actor_loss": self.adam(args.actor_lr, "actor"),
             "critic_loss": self.adam(args.lr, "critic"),
@@ -45,7 +45,7 @@ class PlainCQL(PlainSAC):
         return mean, log_std.clamp(-20, 2).exp()
 
     def update(self, batch, noise):
-        args, alphas = self.args, self.weights["temperatures"]
+        args, alphas = self.args, self.weights["multipliers"]
         s, a, r, s_next, terminal = batch
         n = noise.uniform.shape[1]
 
@@ -132,7 +132,7 @@ def test_update_is_the_papers_for_every_agent(float64, env_id, changes):
                 assert losses[name][i].item() == pytest.approx(loss, rel=1e-9)
     for agent in plain:
         assert agent.largest_difference(agents) < 1e-9
-    moved = (agents.temperatures["log_alpha_prime"] != 1).all().item()
+    moved = (agents.multipliers["log_alpha_prime"] != 1).all().item()
     assert moved == (args.target_gap >= 0)
 
 
@@ -199,6 +199,18 @@ def test_orthogonal_init():
         gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
         torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), atol=1e-4, rtol=0)
         assert (layer.bias == 0).all()
+
+
+def test_all_networks_start_orthogonal():
+    agents = make_agents(cql, make_args(cql, num_seeds=2))
+    nets = [("actor", "net"), ("critic", "q1"), ("critic", "q2")]
+    for name, net in nets:
+        for i in range(2):
+            last = agents.weights[name][f"{net}.6.weight"][i].detach()
+            hidden = agents.weights[name][f"{net}.2.weight"][i].detach()
+            gram = last @ last.T
+            torch.testing.assert_close(gram, 1e-4 * torch.eye(len(gram)), atol=1e-7, rtol=0)
+            torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(256), atol=1e-4, rtol=0)
 
 
 def test_antmaze_has_deeper_critics():

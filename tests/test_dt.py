@@ -219,7 +219,7 @@ def test_episodes_longer_than_the_timestep_table_are_one_line(dataset):
 
 def test_evaluation_is_the_environments_return_under_the_target(dataset):
     """Against a plain loop over one environment after the other, whole histories kept."""
-    changes = SMALL | {"reward_scale": 0.01, "target_return": 700.0}
+    changes = SMALL | {"return_scale": 0.01, "target_return": 700.0}
     args = make_args(dt, num_seeds=2, seed=3, **changes)
     agents = make_agents(dt, args)
     for p in agents.transformer.params.values():

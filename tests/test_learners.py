@@ -1,12 +1,14 @@
 """What holds for all five learners: seeds, resuming, rewards, other datasets, learning."""
 
 import copy
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import gymnasium as gym
 import minari
@@ -24,6 +26,7 @@ from learners import (
     take_update,
 )
 from minari.data_collector import EpisodeBuffer
+from torch.func import vmap
 
 every_learner = pytest.mark.parametrize("module", LEARNERS.values(), ids=LEARNERS)
 DT_SMALL = {"context": 5, "embedding_dim": 16, "num_layers": 1, "warmup_steps": 3}
@@ -33,8 +36,16 @@ def small(module):
     return DT_SMALL if module.__name__ == "dt" else {}
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one by one"])
 @every_learner
-def test_three_seeds_equal_three_single_agents(float64, module):
+def test_three_seeds_equal_three_single_agents(float64, module, at_once, monkeypatch):
+    """At once is how a GPU runs all, and a CPU those with small networks."""
+    if hasattr(module, "lift"):
+        chunk_size = None if at_once else 1
+        lift = partial(vmap, randomness="different", chunk_size=chunk_size)
+        monkeypatch.setattr(module, "lift", lambda function, device: lift(function))
+    elif not at_once:
+        pytest.skip("is always run at once")
     changes = {"train_steps": 10, **small(module), **NO_DROPOUT.get(module, {})}
     args = make_args(module, num_seeds=3, seed=7, **changes)
     singles = [make_args(module, num_seeds=1, seed=7 + i, **changes) for i in range(3)]
@@ -53,6 +64,16 @@ def test_three_seeds_equal_three_single_agents(float64, module):
         for key, p in params.items():
             for i, agent in enumerate(alone):
                 torch.testing.assert_close(p[i], agent.weights[name][key][0], atol=1e-9, rtol=0)
+
+
+@every_learner
+def test_targets_start_where_their_networks_are(module):
+    agents = make_agents(module, make_args(module, num_seeds=2, **small(module)))
+    for name, params in agents.weights.items():
+        if name.endswith("_target"):
+            for key, p in params.items():
+                own = agents.weights[name.removesuffix("_target")][key]
+                assert torch.equal(p, own) and p.data_ptr() != own.data_ptr()
 
 
 # --- resuming ---
@@ -118,15 +139,12 @@ def test_a_killed_run_continues_to_the_same_bits(module, tmp_path, monkeypatch, 
     assert (killed / "evals.csv").read_text().splitlines()[-1].startswith("2,")  # not yet 4
     config = (killed / "config.json").read_text()
     capsys.readouterr()
-    default = module.Args()
-    flags = {key: getattr(default, key) for key in ("env", "num_seeds", "train_steps")}
-    flags |= {key: getattr(default, key) for key in ("batch_size", "eval_every", "eval_episodes")}
-    flags |= {key: getattr(default, key) for key in small(module)}
-    train(module, tmp_path, resume=killed, **flags)  # no flag is repeated
+    module.main(module.Args(resume=killed))  # no flag is repeated
     output = capsys.readouterr().out
     assert f"resumed {killed} at update 4 of 7" in output
     first, second = (torch.load(p / "policy.pt", weights_only=True) for p in (whole, killed))
     assert first["args"].pop("resume") is None and second["args"].pop("resume") == str(killed)
+    del first["args"]["runs"], second["args"]["runs"]
     assert_same(first, second)
     assert (whole / "evals.csv").read_text() == (killed / "evals.csv").read_text()
     assert (killed / "config.json").read_text() == config
@@ -183,23 +201,29 @@ def test_resume_takes_no_other_flags_and_needs_a_policy(tmp_path):
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [whole.name]
 
 
-def test_resume_notices_another_buffer(pipeline, tmp_path):
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+def test_resume_notices_another_buffer(name, pipeline, tmp_path):
     module, path = LEARNERS["iql"], tmp_path / "buffer.npz"
     with np.load(pipeline[0] / "buffer.npz", allow_pickle=False) as file:
         buffer = dict(file)
     np.savez(path, **buffer)
     whole = train(module, tmp_path, aug=path)
     train(module, tmp_path, resume=whole)
-    np.savez(path, **buffer | {"observations": buffer["observations"] + 0.1})
+    changed = buffer[name].copy()
+    changed[3, 2] = ~changed[3, 2] if name == "terminals" else changed[3, 2] + 0.01
+    np.savez(path, **buffer | {name: changed})
     with pytest.raises(SystemExit, match="the dataset or the buffer has changed since"):
         train(module, tmp_path, resume=whole)
 
 
 @every_learner
-def test_a_loaded_policy_scores_the_same(module, tmp_path, capsys):
-    path = train(module, tmp_path)
+def test_a_loaded_policy_scores_the_same(module, tmp_path, capsys, monkeypatch):
+    """No flag that defines it is typed again."""
+    defining = {"dt": {"num_heads": 2, "return_scale": 0.01}, "cql": {"critic_layers": 2}}
+    path = train(module, tmp_path, **defining.get(module.__name__, {}))
     result = capsys.readouterr().out.splitlines()[-1]
     flags = {"load": path / "policy.pt", "train_steps": 0, "num_seeds": 1, "seed": 5, "env": None}
+    flags |= {key: getattr(module.Args(), key) for key in module.POLICY_FLAGS}
     train(module, tmp_path, **flags)
     assert capsys.readouterr().out.splitlines()[-1] == result
     policy = torch.load(path / "policy.pt", weights_only=True)
@@ -209,6 +233,78 @@ def test_a_loaded_policy_scores_the_same(module, tmp_path, capsys):
     torch.save(policy, path / "policy.pt")
     with pytest.raises(SystemExit, match=re.escape(f"{name} {key} does not fit")):
         train(module, tmp_path, **flags)
+
+
+def test_a_loaded_run_can_be_resumed_on_other_data(pipeline, tmp_path, monkeypatch):
+    """It keeps the scaling of the policy that it started from."""
+    module = LEARNERS["iql"]
+    first = train(module, tmp_path)
+    flags = {"load": first / "policy.pt", "aug": pipeline[0] / "buffer.npz"}
+    before = set((tmp_path / "runs").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        kill_after(patch, module, 4)
+        train(module, tmp_path, **flags)
+    (killed,) = set((tmp_path / "runs").iterdir()) - before
+    module.main(module.Args(resume=killed))
+    whole = train(module, tmp_path, **flags)
+    first, second = (torch.load(p / "policy.pt", weights_only=True) for p in (whole, killed))
+    assert_same(first["weights"], second["weights"])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path, policy: path.write_bytes(path.read_bytes()[:3000]), "not a whole policy.pt"),
+        (lambda path, policy: path.write_bytes(b"nothing"), "not a whole policy.pt"),
+        (lambda path, policy: path.unlink(), "no such file"),
+        (lambda path, policy: torch.save({"format": "gta-diffusion", "format_version": 1}, path),
+         "a gta-diffusion file, not a policy"),
+        (lambda path, policy: torch.save({"format": "gta-policy", "format_version": 3}, path),
+         "format version 3; this program reads version 2"),
+        (lambda path, policy: torch.save(policy | {"algorithm": "cql"}, path),
+         "a policy of cql.py, not of iql.py"),
+        (lambda path, policy: torch.save(policy | {"env_id": "Walker2d-v5"}, path),
+         "policy.pt is for Walker2d-v5, the dataset is of Hopper-v5"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["load", "resume"])
+def test_a_bad_policy_is_one_line(damage, message, flag, tmp_path):
+    run = train(LEARNERS["iql"], tmp_path)
+    path = run / "policy.pt"
+    damage(path, torch.load(path, weights_only=True))
+    args = {"load": {"load": path}, "resume": {"resume": run}}[flag]
+    with pytest.raises(SystemExit, match=message) as error:
+        train(LEARNERS["iql"], tmp_path, **args)
+    assert "\n" not in str(error.value) and len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("iql", {"actor_dropout": 1.5}, "--actor-dropout 1.5: must be between 0 and 1"),
+        ("iql", {"expectile": -0.1}, "--expectile -0.1: must be between 0 and 1"),
+        ("iql", {"beta": 0.0}, "--beta 0.0: must be positive"),
+        ("td3bc", {"tau": 2.0}, "--tau 2.0: must be between 0 and 1"),
+        ("td3bc", {"s4rl_sigma": -1.0}, "--s4rl-sigma -1.0: must not be negative"),
+        ("cql", {"actor_lr": -1.0}, "--actor-lr -1.0: must be positive"),
+        ("cql", {"critic_layers": 0}, "--critic-layers 0: must be positive"),
+        ("mcq", {"lmbda": 1.1}, "--lmbda 1.1: must be between 0 and 1"),
+        ("mcq", {"num_actions": 0}, "--num-actions 0: must be positive"),
+        ("dt", {"warmup_steps": 0}, "--warmup-steps 0: must be positive"),
+        ("dt", {"num_heads": 3}, "--embedding-dim 16: must be divisible by --num-heads 3"),
+        ("dt", {"dropout": 2.0}, "--dropout 2.0: must be between 0 and 1"),
+    ],
+)
+def test_a_bad_flag_is_one_line(name, changes, message, tmp_path):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        train(LEARNERS[name], tmp_path, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--runs .*file: cannot be written"):
+        train(LEARNERS["iql"], tmp_path, runs=tmp_path / "file")
 
 
 def test_wandb_gets_the_evaluations(tmp_path):
@@ -250,8 +346,8 @@ def test_domains_have_the_papers_constants():
         ("cql", "AdroitHandPen-v1"): {"cql_alpha": 1.0, "actor_lr": 1e-4},
         ("mcq", "AntMaze_UMaze-v5"): {"lmbda": 0.9, "reward_bias": -1.0},
         ("td3bc", "AntMaze_UMaze-v5"): {"alpha": 2.5, "reward_bias": -1.0},
-        ("dt", "Hopper-v5"): {"reward_scale": 0.001},
-        ("dt", "PointMaze_UMaze-v3"): {"reward_scale": 1.0},
+        ("dt", "Hopper-v5"): {"return_scale": 0.001},
+        ("dt", "PointMaze_UMaze-v3"): {"return_scale": 1.0},
     }
     for (name, env_id), values in expected.items():
         args = LEARNERS[name].Args()
@@ -340,6 +436,61 @@ def test_another_action_space_and_no_terminals(module, pusher, tmp_path, capsys)
     actions = module.load_dataset(str(pusher)).episodes[0].actions
     assert np.abs(scaling.actions(actions)).max() <= 1
     np.testing.assert_allclose(scaling.actions(actions), actions / 2, atol=1e-6)
+
+
+@every_learner
+def test_main_trains_on_what_the_flags_say(module, pipeline, tmp_path, capsys):
+    """Each of these flags changes the first update, and the words that name the augmentation."""
+    flags = [{}, {"s4rl_sigma": 0.1}, {"aug": pipeline[0] / "buffer.npz"}]
+    flags.append({"aug": pipeline[0] / "buffer.npz", "aug_only": True})
+    if module.__name__ == "dt":
+        flags.append({"return_scale": 1.0})
+    else:
+        flags += [{"reward_bias": 5.0}, {"reward_scale": 3.0}, {"normalize_reward": True}]
+    weights, labels = [], []
+    for changes in flags:
+        path = train(module, tmp_path, train_steps=1, num_seeds=1, **changes)
+        policy = torch.load(path / "policy.pt", weights_only=True)
+        network = policy["weights"].get("critic") or policy["weights"]["transformer"]
+        weights.append(torch.cat([p.flatten() for p in network.values()]))
+        labels.append(capsys.readouterr().out.splitlines()[-1].split(" | ")[1])
+    for i, own in enumerate(weights):
+        assert not any(torch.equal(own, other) for other in weights[:i]), flags[i]
+    aug = "gta(mu 0.5, alpha 1.3)"
+    expected = ["", " + s4rl(0.1)", f" + {aug}", f" + {aug} only"]
+    assert labels[:4] == [module.__name__ + label for label in expected]
+
+
+@every_learner
+def test_main_follows_the_schedules(module, tmp_path, monkeypatch):
+    """The actor's rate of IQL, DT's warm-up, TD3+BC's delay; a resumed run goes on where it was."""
+    seen = []
+    if module.__name__ == "iql":
+        monkeypatch.setattr(module.IQL, "set_actor_lr", lambda self, lr: seen.append(lr))
+        expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
+    elif module.__name__ == "dt":
+        monkeypatch.setattr(module.DT, "set_lr", lambda self, lr: seen.append(lr))
+        expected = [1e-4 * share for share in (1 / 3, 2 / 3, 1, 1, 1, 1, 1)]
+    elif module.__name__ == "td3bc":
+        update = module.update
+
+        def note(agents, batch, noise, with_actor, args):
+            seen.append(with_actor)
+            return update(agents, batch, noise, with_actor, args)
+
+        monkeypatch.setattr(module, "update", note)
+        expected = [False, True] * 3 + [False]
+    else:
+        pytest.skip("has no schedule")
+    train(module, tmp_path)
+    assert seen == pytest.approx(expected)
+    seen.clear()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        kill_after(patch, module, 4)
+        train(module, tmp_path, runs=tmp_path / "killed")
+    (killed,) = (tmp_path / "killed").iterdir()
+    module.main(module.Args(resume=killed))
+    assert seen == pytest.approx(expected)
 
 
 @every_learner

@@ -21,7 +21,8 @@ import gta_diffusion
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in SCRIPTS}
-OWN = {"Args", "BY_DOMAIN", "main", "update"}  # meant to differ from script to script
+# meant to differ from script to script
+OWN = {"Args", "BY_DOMAIN", "POLICY_FLAGS", "main", "update"}
 
 
 def top_level(path):
