@@ -127,6 +127,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    known = device.type in ("cuda", "cpu")
+    require(known, f"--device {name}: not supported; use cuda, cuda:1 or cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")

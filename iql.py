@@ -131,7 +131,7 @@ BY_DOMAIN = {  # what differs by domain; a flag overrides it
     "kitchen": {"beta": 0.5, "actor_dropout": 0.1},  # IQL's paper
 }
 
-POLICY_FLAGS = ()  # what defines a policy beside its weights
+POLICY_FLAGS = ("actor_dropout",)  # what defines a policy beside its weights
 
 
 def require(condition, message):
@@ -161,6 +161,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    known = device.type in ("cuda", "cpu")
+    require(known, f"--device {name}: not supported; use cuda, cuda:1 or cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
@@ -398,7 +400,10 @@ def read_buffer(path):
     observations, actions, rewards, terminals = (buffer[key] for key in keys)
     fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
     fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
-    require(fits, f"--aug {path}: is empty, or its arrays do not fit together")
+    shapes = ", ".join(f"{key} {list(buffer[key].shape)}" for key in keys)
+    require(fits, f"--aug {path}: is empty, or its arrays do not fit together: {shapes}")
+    for key in keys:
+        require(np.isfinite(buffer[key]).all(), f"--aug {path}: {key} are not all finite numbers")
     return buffer, metadata
 
 
@@ -469,11 +474,13 @@ def scale_rewards(episodes, dataset, args):
     return [e._replace(rewards=scale * e.rewards + args.reward_bias) for e in episodes]
 
 
-def fingerprint(episodes):
-    """Returns a hash of everything that the episodes hold."""
+def fingerprint(dataset, buffer):
+    """Returns a hash of all that the dataset and the buffer, if there is one, hold."""
     digest = hashlib.sha256()
-    for array in (array for episode in episodes for array in episode):
+    for array in [array for episode in dataset.episodes for array in episode]:
         digest.update(np.ascontiguousarray(array))
+    for key in sorted(buffer or ()):
+        digest.update(np.ascontiguousarray(buffer[key]))
     return digest.hexdigest()
 
 
@@ -811,8 +818,10 @@ def load_start(args):
     require(not (args.load and args.resume), "--load and --resume exclude each other")
     default = plain_args(Args())
     if args.load:
-        policy = load_policy(args.load, "--load")
+        path = args.load / "policy.pt" if args.load.is_dir() else args.load
+        policy = load_policy(path, "--load")
         args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
+        print(f"loaded {args.num_seeds} agents, seeds from {args.seed} on")
         args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
         for key in POLICY_FLAGS:
             if getattr(args, key) == default[key]:
@@ -820,16 +829,19 @@ def load_start(args):
         return policy
     if args.resume is None:
         return None
+    args.resume = args.resume.parent if args.resume.name == "policy.pt" else args.resume
     policy = load_policy(args.resume / "policy.pt", "--resume")
     free = {"resume", "load", "runs", "device", "compile", "track"}
     for key, typed in plain_args(args).items():
         if key in free or key.startswith("wandb"):
             continue
         old = policy["args"][key]
+        if key in ("env", "aug"):  # may have moved; a hash tells whether they are the same
+            old = typed or old
         require(
             typed in (old, default[key]),
-            f"--resume {args.resume}: was trained with {key} = {old}, not {typed}; give no other "
-            "flags than those of the device and of wandb",
+            f"--resume {args.resume}: was trained with --{key.replace('_', '-')} {old}, not {typed};"
+            " give no other flags than those of the device, of wandb, and where data has moved",
         )
         setattr(args, key, Path(old) if key == "aug" and old else old)
     return policy
@@ -921,11 +933,12 @@ def main(args):
     require_positive(args, "batch_size", "num_seeds", "eval_every", "lr")
     require_between(args, 0, 1, "discount", "tau")
     require(args.s4rl_sigma >= 0, f"--s4rl-sigma {args.s4rl_sigma}: must not be negative")
+    require_between(args, 0, 2**32, "seed")
     require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
     require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
     device = pick_device(args.device)
 
-    dataset, episodes, _, aug = load_episodes(args)
+    dataset, episodes, buffer, aug = load_episodes(args)
     fill_in_by_domain(args, dataset.env_id)
     require_positive(args, "eval_episodes", "reward_scale", "beta")
     require_between(args, 0, 1, "expectile", "actor_dropout")
@@ -934,11 +947,12 @@ def main(args):
         own, other = policy["env_id"], dataset.env_id
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
         scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
-        aug = policy["aug_label"] if args.train_steps == 0 else aug
+        same_run = args.resume or args.train_steps == 0
+        aug = policy["aug_label"] if same_run else f"{aug} after {policy['aug_label']}"
     about_data = {
         "env_id": dataset.env_id,
         "dataset_ids": dataset.ids,
-        "data_sha256": fingerprint(episodes),
+        "data_sha256": fingerprint(dataset, buffer),
         "aug_label": aug,
         "scaling": {k: torch.from_numpy(v) for k, v in scaling._asdict().items()},
     }
@@ -973,7 +987,8 @@ def main(args):
         write_evals(run, evals)
         if args.track:
             log_to_wandb(step, losses, returns, scores)
-        progress.set_postfix(score=f"{scores.mean():.1f}")
+        shown = "".join(f", {name} {loss.mean():.3g}" for name, loss in losses.items())
+        progress.write(f"update {step}: score {scores.mean():.1f} +- {scores.std():.1f}{shown}")
 
     train = train_step
     # a CUDA graph is recorded when some updates have run and made the optimizer's state
@@ -992,7 +1007,8 @@ def main(args):
             evaluate_and_save(0)
     except KeyboardInterrupt:
         progress.close()
-        sys.exit(f"interrupted; --resume {run} continues from its last evaluation, if there is one")
+        require(evals, "interrupted before the first evaluation: there is nothing to resume")
+        sys.exit(f"interrupted; --resume {run} continues from its evaluation at {evals[-1][0]}")
     write_evals(run, evals)  # a resumed run may have been killed just before it wrote them
     scores = np.array([score for _, _, _, score in evals[-args.num_seeds :]])
     algorithm = Path(__file__).stem + ("" if aug == "none" else f" + {aug}")

@@ -131,7 +131,10 @@ def assert_same(a, b):
 @every_learner
 def test_a_killed_run_continues_to_the_same_bits(module, tmp_path, monkeypatch, capsys):
     whole = train(module, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; --resume"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match="interrupted; --resume .* evaluation at 4"),
+    ):
         kill_after(patch, module, 4)
         train(module, tmp_path)
     (killed,) = set((tmp_path / "runs").iterdir()) - {whole}
@@ -186,8 +189,8 @@ def test_resume_takes_no_other_flags_and_needs_a_policy(tmp_path):
     module = LEARNERS["iql"]
     whole = train(module, tmp_path)
     cases = [
-        ({"resume": whole, "batch_size": 17}, "batch_size = 16, not 17"),
-        ({"resume": whole, "seed": 3}, "seed = 0, not 3"),
+        ({"resume": whole, "batch_size": 17}, "--batch-size 16, not 17"),
+        ({"resume": whole, "seed": 3}, "--seed 0, not 3"),
         ({"resume": whole, "load": whole / "policy.pt"}, "exclude each other"),
         ({"resume": tmp_path}, "policy.pt: no such file"),
     ]
@@ -201,28 +204,36 @@ def test_resume_takes_no_other_flags_and_needs_a_policy(tmp_path):
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [whole.name]
 
 
-@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+@pytest.mark.parametrize("name", ["observations", "rewards", "terminals", "return_to_go"])
 def test_resume_notices_another_buffer(name, pipeline, tmp_path):
-    module, path = LEARNERS["iql"], tmp_path / "buffer.npz"
+    module, path = LEARNERS["dt"], tmp_path / "buffer.npz"
     with np.load(pipeline[0] / "buffer.npz", allow_pickle=False) as file:
         buffer = dict(file)
     np.savez(path, **buffer)
     whole = train(module, tmp_path, aug=path)
     train(module, tmp_path, resume=whole)
     changed = buffer[name].copy()
-    changed[3, 2] = ~changed[3, 2] if name == "terminals" else changed[3, 2] + 0.01
+    changed[3] = ~changed[3] if name == "terminals" else changed[3] + 0.01
     np.savez(path, **buffer | {name: changed})
     with pytest.raises(SystemExit, match="the dataset or the buffer has changed since"):
         train(module, tmp_path, resume=whole)
+    moved = tmp_path / "moved.npz"
+    np.savez(moved, **buffer)
+    train(module, tmp_path, resume=whole, aug=moved)
 
 
 @every_learner
 def test_a_loaded_policy_scores_the_same(module, tmp_path, capsys, monkeypatch):
     """No flag that defines it is typed again."""
-    defining = {"dt": {"num_heads": 2, "return_scale": 0.01}, "cql": {"critic_layers": 2}}
+    defining = {
+        "dt": {"num_heads": 2, "return_scale": 0.01},
+        "cql": {"critic_layers": 2},
+        "iql": {"actor_dropout": 0.3},
+        "mcq": {"actor_dropout": 0.0},
+    }
     path = train(module, tmp_path, **defining.get(module.__name__, {}))
     result = capsys.readouterr().out.splitlines()[-1]
-    flags = {"load": path / "policy.pt", "train_steps": 0, "num_seeds": 1, "seed": 5, "env": None}
+    flags = {"load": path, "train_steps": 0, "num_seeds": 1, "seed": 5, "env": None}
     flags |= {key: getattr(module.Args(), key) for key in module.POLICY_FLAGS}
     train(module, tmp_path, **flags)
     assert capsys.readouterr().out.splitlines()[-1] == result
@@ -249,6 +260,7 @@ def test_a_loaded_run_can_be_resumed_on_other_data(pipeline, tmp_path, monkeypat
     whole = train(module, tmp_path, **flags)
     first, second = (torch.load(p / "policy.pt", weights_only=True) for p in (whole, killed))
     assert_same(first["weights"], second["weights"])
+    assert first["aug_label"] == second["aug_label"] == "gta(mu 0.5, alpha 1.3) after none"
 
 
 @pytest.mark.parametrize(
@@ -292,6 +304,9 @@ def test_a_bad_policy_is_one_line(damage, message, flag, tmp_path):
         ("mcq", {"num_actions": 0}, "--num-actions 0: must be positive"),
         ("dt", {"warmup_steps": 0}, "--warmup-steps 0: must be positive"),
         ("dt", {"num_heads": 3}, "--embedding-dim 16: must be divisible by --num-heads 3"),
+        ("dt", {"context": 2000}, "--context 2000: must be between 1 and 1000"),
+        ("iql", {"seed": -1}, "--seed -1: must be between 0 and"),
+        ("iql", {"device": "mps"}, "--device mps: not supported"),
         ("dt", {"dropout": 2.0}, "--dropout 2.0: must be between 0 and 1"),
     ],
 )
@@ -376,7 +391,8 @@ def test_rewards_are_scaled_for_training_alone(dataset):
 
 
 def record(root, dataset_id, env, lengths):
-    """Writes a Minari dataset of random actions, an episode for each length. Returns its folder."""
+    """Writes a Minari dataset of random actions, an episode for each length, shorter where it
+    terminates. Returns its folder."""
     env.action_space.seed(0)
     buffers = []
     for seed, T in enumerate(lengths):
@@ -387,6 +403,8 @@ def record(root, dataset_id, env, lengths):
             observations.append(observation)
             rewards.append(reward)
             terminations.append(terminated)
+            if terminated:
+                break
         keys = observations[0].keys() if isinstance(observations[0], dict) else ()
         stacked = {key: np.array([o[key] for o in observations]) for key in keys}
         buffers.append(
@@ -395,7 +413,7 @@ def record(root, dataset_id, env, lengths):
                 actions=np.array(actions),
                 rewards=np.array(rewards),
                 terminations=np.array(terminations),
-                truncations=np.arange(T) == T - 1,
+                truncations=np.zeros(len(actions), bool),
             )
         )
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):

@@ -209,6 +209,7 @@ def test_policy_loads_without_pickle_and_scores_the_same(pipeline):
         (lambda path: edit(path, format="other"), "a other file, not a buffer"),
         (lambda path: edit(path, arrays={"rewards": np.zeros((40, 6))}), "do not fit together"),
         (lambda path: edit(path, drop="actions"), "lacks one of"),
+        (lambda path: edit(path, arrays={"rewards": np.full((40, 7), np.nan)}), "not all finite"),
         (lambda path: edit(path, format_version=2), "format version 2"),
         (lambda path: edit(path, dataset_ids=["pen"]), "made from pen, which contradicts"),
     ],
