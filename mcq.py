@@ -913,10 +913,11 @@ def load_start(args):
         old = policy["args"][key]
         if key in ("env", "aug"):  # may have moved; a hash tells whether they are the same
             old = typed or old
+        flag = f"--{key.replace('_', '-')}"
         require(
             typed in (old, default[key]),
-            f"--resume {args.resume}: was trained with --{key.replace('_', '-')} {old}, not {typed};"
-            " give no other flags than those of the device, of wandb, and where data has moved",
+            f"--resume {args.resume}: was trained with {flag} {old}, not {typed}; give no other "
+            "flags than those of the device, of wandb, and where data has moved",
         )
         setattr(args, key, Path(old) if key == "aug" and old else old)
     return policy
