@@ -528,14 +528,15 @@ def test_a_maze(module, antmaze, tmp_path, capsys):
 LEARN = {
     "td3bc": ["--train-steps", 1000, "--batch-size", 128],
     "iql": ["--train-steps", 1000, "--batch-size", 128],
-    "cql": ["--train-steps", 500, "--batch-size", 32, "--actor-lr", 3e-4],
+    "cql": ["--train-steps", 3000, "--batch-size", 64, "--actor-lr", 3e-4],
     "mcq": ["--train-steps", 3000, "--batch-size", 64, "--lr", 1e-3],
     "dt": ["--train-steps", 300, "--batch-size", 16, "--lr", 1e-3, "--warmup-steps", 50],
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "mcq" else n for n in LEARN]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("cql", "mcq") else n for n in LEARN],
 )
 def test_learns_on_the_bundled_dataset(name, tmp_path):
     """Far above the random policy, whose score is 0."""
