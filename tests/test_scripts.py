@@ -39,7 +39,7 @@ def top_level(path):
 
 
 def test_there_are_scripts():
-    assert {"gta_diffusion", "gta_augment", "td3bc", "cql", "iql", "mcq", "dt"} <= NAMES
+    assert {"gta_diffusion", "gta_augment", "td3bc", "cql", "iql", "mcq", "dt", "metrics"} <= NAMES
 
 
 def test_what_scripts_repeat_is_identical():
@@ -87,7 +87,11 @@ def test_requirements_are_what_the_scripts_import():
     assert all("==" in line for line in lines if line and line[0] != "#")
 
 
-FLAGS = {"gta_diffusion": TINY_A, "gta_augment": TINY_B}  # the others are learners
+FLAGS = {  # the others are learners
+    "gta_diffusion": TINY_A,
+    "gta_augment": TINY_B,
+    "metrics": ["--aug", "buffer.npz", "--num-transitions", 50],
+}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -98,6 +102,8 @@ def test_copied_alone_it_helps_and_runs(path, pipeline, tmp_path):
     assert "--env" in help_text and "--seed" in help_text
     if path.stem == "gta_augment":
         shutil.copy(pipeline[0] / "diffusion.pt", tmp_path)
+    if path.stem == "metrics":
+        shutil.copy(pipeline[0] / "buffer.npz", tmp_path)
     run(copy, *FLAGS.get(path.stem, TINY_C), "--env", SAMPLE.resolve(), cwd=tmp_path)
     without_data = run(copy, *FLAGS.get(path.stem, TINY_C), cwd=tmp_path, code=1).stderr
     assert "error: --env data/hopper-medium-sample: not a folder here" in without_data
@@ -329,11 +335,12 @@ def test_absent_cuda_is_one_line(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     for path in SCRIPTS:
-        result = run(path, "--device", "cuda", cwd=tmp_path, code=1)
+        flags = ["--aug", "buffer.npz"] if path.stem == "metrics" else []
+        result = run(path, *flags, "--device", "cuda", cwd=tmp_path, code=1)
         assert result.stderr.splitlines() == [
             "error: --device cuda: PyTorch finds no CUDA device; use --device cpu"
         ]
-        result = run(path, "--device", "gpu", cwd=tmp_path, code=1)
+        result = run(path, *flags, "--device", "gpu", cwd=tmp_path, code=1)
         assert result.stderr.startswith("error: --device gpu: no device of PyTorch")
 
 

@@ -1,0 +1,786 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch",
+#     "numpy",
+#     "scipy",
+#     "matplotlib",
+#     "gymnasium[mujoco]",
+#     "minari[hdf5,hf]",
+#     "huggingface_hub",
+#     "tyro",
+#     "tqdm",
+#     "wandb",
+# ]
+# ///
+"""Is generated data plausible, novel and better? And: the results of a set of runs.
+
+GTA: Generative Trajectory Augmentation with Guidance for Offline RL (Lee et al., NeurIPS 2024),
+sections 5.1 and 5.4, appendices D, F.2, F.4, F.6 and F.7. The metrics are under "metrics" below.
+
+    python metrics.py --aug buffer.npz
+    python metrics.py --aug a.npz b.npz --plot metrics.png
+    python metrics.py --runs runs/*
+    python metrics.py --runs runs/* --table latex
+
+Reads:  buffers of gta_augment.py and the dataset that they were made from; or folders of runs
+Writes: metrics.json (--out) and a figure (--plot); with --runs nothing
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from huggingface_hub import HfApi
+from minari.storage.datasets_root_dir import get_dataset_path
+from scipy.spatial import cKDTree
+from scipy.stats import t as student_t
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    aug: tuple[Path, ...] = ()
+    """buffers to measure, side by side: --aug a.npz b.npz"""
+    runs: tuple[Path, ...] = ()
+    """folders of runs to tabulate: --runs runs/*"""
+    env: str | None = None
+    """where the dataset of --aug is: a short name (hopper-medium), a Minari id, a folder, or
+    several of them joined by +. Default: as the buffers name it"""
+    num_transitions: int = 1_000_000
+    """transitions to measure of each buffer, drawn at random as whole subtrajectories (appendix D),
+    and of the dataset; all, where there are fewer"""
+    out: Path = Path("metrics.json")
+    """file for all numbers of --aug"""
+    plot: Path | None = None
+    """file for a figure of --aug: returns of subtrajectories (Figures 4c and 8), condition against
+    generated return (Figure 7)"""
+    table: Literal["text", "markdown", "latex"] = "text"
+    """form of the tables"""
+    workers: int = os.cpu_count() or 1
+    """processes that ask MuJoCo"""
+    seed: int = 0
+    """seed of what is drawn"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu: where nearest neighbours are searched"""
+    track: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "gta"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """user or team of --track"""
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit(f"error: {message}")
+
+
+def require_positive(args, *names):
+    """Ends the program with one line unless all named arguments are positive."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+
+
+def pick_device(name):
+    """Returns the torch device called name, made the current one; says so when it is the CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name}: no device of PyTorch; use cuda, cuda:1 or cpu")
+    known = device.type in ("cuda", "cpu")
+    require(known, f"--device {name}: not supported; use cuda, cuda:1 or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
+        require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # same seed, same result
+    else:
+        print(f"device: {device} (paper-size runs want a GPU)")
+    return device
+
+
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def first_line(error):
+    """Returns what an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- dataset ---
+
+ROBOTS = "halfcheetah|hopper|walker2d|swimmer|ant|humanoid|humanoidstandup|reacher|pusher"
+
+
+SHORT_NAMES = {  # pattern of a short name -> Minari ids
+    rf"({ROBOTS})-(simple|medium|expert)": ["mujoco/{}/{}-v0"],
+    rf"({ROBOTS})-medium-expert": ["mujoco/{0}/medium-v0", "mujoco/{0}/expert-v0"],
+    r"maze2d-((?:umaze|medium|large)(?:-dense)?)": ["D4RL/pointmaze/{}-v2"],
+    r"antmaze-(umaze|(?:umaze|medium|large)-diverse|(?:medium|large)-play)": ["D4RL/antmaze/{}-v1"],
+    r"(pen|door|hammer|relocate)-(human|cloned|expert)": ["D4RL/{}/{}-v2"],
+    r"kitchen-(complete|partial|mixed)": ["D4RL/kitchen/{}-v2"],
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+    terminals: np.ndarray  # [T] bool: the environment terminated; a truncation is no terminal
+
+
+class Dataset(NamedTuple):
+    name: str  # for people: hopper-medium
+    ids: list  # Minari ids of what was loaded
+    env_id: str  # Gymnasium id: Hopper-v5
+    episodes: list  # of Episode
+    source: minari.MinariDataset  # the first id's: its environment, spaces, reference scores
+
+
+def resolve_env(env):
+    """Returns the Minari ids and folders that --env stands for."""
+    sources = []
+    for part in env.split("+"):
+        names = [part]
+        for pattern, ids in SHORT_NAMES.items():
+            if match := re.fullmatch(pattern, part):
+                names = [minari_id.format(*match.groups()) for minari_id in ids]
+        sources += names
+    return sources
+
+
+def find_minari(source):
+    """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
+    id that is not there yet is downloaded from Minari's hub."""
+    for folder in (Path(source), Path(__file__).parent / source):
+        if source and folder.is_dir():
+            metadata = folder / "data" / "metadata.json"
+            require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
+            return folder
+    require(
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source),
+        f"--env {source}: not a folder here, a short name that Minari has data for (hopper-medium, "
+        "kitchen-partial; there is no medium-replay), or a Minari id (mujoco/hopper/medium-v0)",
+    )
+    folder = get_dataset_path(source)
+    if (folder / "data" / "metadata.json").is_file():
+        return folder
+    print(f"{source} is not in the local cache, asking Minari's hub")
+    try:
+        # Minari's own client retries for 23 s; this fails at once where there is no connection
+        HfApi().dataset_info(f"farama-minari/{source.split('/')[0]}", timeout=5)
+        minari.download_dataset(source, force_download=folder.exists())
+    except Exception as error:
+        sys.exit(
+            f"error: --env {source}: not in the local cache, and the hub did not send it "
+            f"({first_line(error)}); check the id and the connection, or give a folder that holds "
+            "the dataset"
+        )
+    return folder
+
+
+def flatten_observations(space, observations):
+    """Stacks observations [T + 1, ...], nested dictionaries too, as gymnasium's flatten does."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_observations(sub, observations[key]) for key, sub in space.items()]
+        return np.concatenate(parts, axis=1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def load_dataset(env):
+    """Loads the episodes that --env stands for and prints a line about them.
+
+    Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
+    real numbers, or several datasets do not fit together.
+    """
+    sources, episodes = [], []
+    for name in resolve_env(env):
+        folder = find_minari(name)
+        try:
+            source = minari.MinariDataset(folder / "data")
+            raw_episodes = list(source.iterate_episodes())
+        except Exception as error:
+            sys.exit(f"error: --env {name}: cannot be read ({first_line(error)})")
+        space, action_space = source.observation_space, source.action_space
+        flat = gym.spaces.utils.flatten_space(space) if space.is_np_flattenable else None
+        is_image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1
+        require(
+            isinstance(flat, gym.spaces.Box) and not is_image and flat.dtype.kind == "f",
+            f"--env {name}: observations must be vectors of real numbers, not {space}",
+        )
+        require(
+            isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
+            f"--env {name}: actions must be vectors of real numbers, not {action_space}",
+        )
+        require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        sources.append(source)
+        for e in raw_episodes:
+            observations = flatten_observations(space, e.observations)
+            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+    env_ids = sorted({source.env_spec.id for source in sources})
+    require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(episodes, f"--env {env}: no episodes")
+
+    ids = [source.id for source in sources]
+    name = "+".join(ids) if resolve_env(env) == env.split("+") else env  # short names stay short
+    returns = np.array([e.rewards.sum() for e in episodes])
+    print(
+        f"dataset: {name}, {len(episodes)} episodes, {sum(len(e.rewards) for e in episodes)} "
+        f"transitions, {sum(e.terminals.sum() for e in episodes)} terminals, return mean "
+        f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    )
+    return Dataset(name, ids, env_ids[0], episodes, sources[0])
+
+
+def read_buffer(path):
+    """Reads buffer.npz. Returns its arrays (the README lists them) and its metadata.
+
+    Exits with one line if the file is missing, damaged, of another kind or of a newer format.
+    """
+    require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            buffer = {key: file[key] for key in file.files}
+        metadata = json.loads(str(buffer.pop("metadata")))
+        kind, version = metadata["format"], metadata["format_version"]
+    except Exception as error:
+        sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
+    require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
+    require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
+    keys = ("observations", "actions", "rewards", "terminals")
+    require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
+    names = ("method", "env", "dataset_ids")
+    require(
+        all(name in metadata for name in names),
+        f"--aug {path}: its metadata lacks one of {', '.join(names)}",
+    )
+    observations, actions, rewards, terminals = (buffer[key] for key in keys)
+    fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
+    fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
+    shapes = ", ".join(f"{key} {list(buffer[key].shape)}" for key in keys)
+    require(fits, f"--aug {path}: is empty, or its arrays do not fit together: {shapes}")
+    for key in keys:
+        require(np.isfinite(buffer[key]).all(), f"--aug {path}: {key} are not all finite numbers")
+    return buffer, metadata
+
+
+class Sample(NamedTuple):
+    """N subtrajectories of H transitions: of a buffer; or a dataset's transitions, H = 1."""
+
+    s: np.ndarray  # [N, H, obs_dim]
+    a: np.ndarray  # [N, H, act_dim]
+    r: np.ndarray  # [N, H]
+    s_next: np.ndarray  # [N, H, obs_dim]
+    terminal: np.ndarray  # [N, H] bool
+    condition: np.ndarray | None  # [N] the return that was asked for
+
+
+def sample_dataset(dataset, num_transitions, rng):
+    """Draws single transitions of the dataset without replacement."""
+    episodes = dataset.episodes
+    columns = [
+        np.concatenate([e.observations[:-1] for e in episodes]),
+        np.concatenate([e.actions for e in episodes]),
+        np.concatenate([e.rewards for e in episodes]),
+        np.concatenate([e.observations[1:] for e in episodes]),
+        np.concatenate([e.terminals for e in episodes]),
+    ]
+    index = np.arange(len(columns[0]))
+    if num_transitions < len(index):
+        index = np.sort(rng.choice(index, num_transitions, replace=False))
+    return Sample(*(column[index][:, None] for column in columns), None)
+
+
+def load_sample(path, dataset, num_transitions, rng):
+    """Reads a buffer and draws whole subtrajectories of it without replacement.
+
+    Returns its name, such as gta(mu 0.25, alpha 1.1), the sample and the buffer's metadata. Exits
+    with one line if the buffer does not fit the dataset.
+    """
+    buffer, metadata = read_buffer(path)
+    require(
+        dataset.ids == metadata["dataset_ids"],
+        f"--aug {path} was made from {'+'.join(metadata['dataset_ids'])}, not from "
+        f"{'+'.join(dataset.ids)}",
+    )
+    observations, actions, rewards = (buffer[k] for k in ("observations", "actions", "rewards"))
+    dims, own_dims = (
+        [x.shape[-1] for x in pair] for pair in ((observations, actions), dataset.episodes[0][:2])
+    )
+    require(
+        dims == own_dims,
+        f"--aug {path}: observations and actions have {dims} dimensions, not {own_dims}",
+    )
+    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
+    name = metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+    index = np.arange(len(actions))
+    num_windows = math.ceil(num_transitions / actions.shape[1])
+    if num_windows < len(index):
+        index = np.sort(rng.choice(index, num_windows, replace=False))
+    observations, condition = observations[index], buffer.get("condition")
+    sample = Sample(
+        observations[:, :-1],
+        actions[index],
+        rewards[index],
+        observations[:, 1:],
+        buffer["terminals"][index],
+        None if condition is None else condition[index],
+    )
+    return name, sample, metadata
+
+
+def dataset_returns(dataset, horizon):
+    """The reward sums of all windows of horizon transitions in the dataset. [W]"""
+    sums = []
+    for e in dataset.episodes:
+        total = np.concatenate([[0.0], np.cumsum(e.rewards, dtype=np.float64)])
+        sums.append(total[horizon:] - total[:-horizon])
+    return np.concatenate(sums)
+
+
+# --- oracle ---
+
+
+class Answers(NamedTuple):
+    """What MuJoCo says, its state set to s and stepped with a. M transitions."""
+
+    s_next: np.ndarray  # [M, obs_dim]
+    r: np.ndarray  # [M]
+    terminal: np.ndarray  # [M] bool: the environment would have terminated
+    unhealthy: np.ndarray  # [M] bool: so it calls s
+
+
+@lru_cache
+def oracle_env(env_spec):
+    """Makes the environment of an EnvSpec in JSON, once in a process."""
+    return gym.make(gym.envs.registration.EnvSpec.from_json(env_spec)).unwrapped
+
+
+def set_state(env, observation):
+    """Puts MuJoCo into the state of a flattened observation. What it does not hold, the position in
+    the world, is set to 0. Raises AttributeError for an environment that it knows no way for."""
+    if hasattr(env, "point_env"):  # PointMaze: achieved goal, desired goal, position, velocity
+        env.goal = observation[2:4]
+        env.point_env.set_state(observation[4:6], observation[6:8])
+        return
+    nq, nv = env.model.nq, env.model.nv
+    if "InvertedDoublePendulum" in type(env).__name__:  # angles by sine and cosine
+        angles = np.arctan2(observation[1:3], observation[3:5])
+        env.set_state(np.concatenate([observation[:1], angles]), observation[5 : 5 + nv])
+        return
+    hidden = env.observation_structure.get("skipped_qpos", 0)
+    qpos = np.concatenate([np.zeros(hidden), observation[: nq - hidden]])
+    env.set_state(qpos, observation[nq - hidden : nq - hidden + nv])
+
+
+def ask_chunk(env_spec, chunk):
+    """Answers for chunk, s and a of some transitions."""
+    env = oracle_env(env_spec)
+    env.reset(seed=0)
+    answers = []
+    for s, a in zip(*chunk):
+        set_state(env, s.astype(np.float64))
+        healthy = getattr(env, "is_healthy", True)
+        observation, reward, terminated, _, _ = env.step(a)
+        flat = gym.spaces.utils.flatten(env.observation_space, observation)
+        answers.append((flat, reward, terminated, not healthy))
+    return Answers(*(np.array(column) for column in zip(*answers)))
+
+
+def ask_oracle(env_spec, s, a, workers, label):
+    """Answers for s [M, obs_dim], a [M, act_dim], by several processes if that is worth it."""
+    size = 2000
+    chunks = [(s[i : i + size], a[i : i + size]) for i in range(0, len(s), size)]
+    ask = partial(ask_chunk, env_spec)
+    bar = partial(tqdm, total=len(chunks), desc=f"oracle, {label}", unit_scale=size)
+    if workers == 1 or len(chunks) < 10:  # starting a process takes as long as 20,000 transitions
+        answers = list(bar(map(ask, chunks)))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            answers = list(bar(pool.map(ask, chunks)))
+    return Answers(*(np.concatenate(column) for column in zip(*answers)))
+
+
+def find_oracle(dataset, std):
+    """Returns the environment's EnvSpec in JSON if setting the state reproduces what was recorded.
+
+    Prints the share of at most 500 recorded transitions that it reproduces. It is below 1 where
+    velocities were clipped when they were observed (for random actions in Walker2d, three quarters
+    of them). Below a twentieth there is no oracle: None.
+    """
+    env_spec = dataset.source.env_spec.to_json()
+    recorded = sample_dataset(dataset, 500, np.random.default_rng(0))
+    try:
+        answers = ask_chunk(env_spec, (recorded.s[:, 0], recorded.a[:, 0]))
+    except (AttributeError, ModuleNotFoundError) as error:
+        print(f"oracle: none for {dataset.env_id} ({first_line(error)})")
+        return None
+    same = dynamic_error(recorded.s_next[:, 0], answers.s_next, std) < 1e-6
+    same &= np.abs(recorded.r[:, 0] - answers.r) < 1e-3
+    if same.mean() < 0.05:
+        print(
+            f"oracle: none for {dataset.env_id}, whose observations do not determine the state "
+            f"(MuJoCo reproduces {same.mean():.1%} of the recorded transitions)"
+        )
+        return None
+    print(f"oracle: MuJoCo reproduces {same.mean():.1%} of the recorded transitions")
+    return env_spec
+
+
+# --- metrics ---
+
+
+def dynamic_error(s_next, s_true, std):
+    """Squared error of s' in standardised dimensions, their mean (eq. 11, 14). [M, d] -> [M]"""
+    return (((s_next - s_true) / std) ** 2).mean(axis=-1)
+
+
+def nearest_distance(data, queries, device, label):
+    """Euclidean distance from every query to the nearest row of data: exact. [M, d] -> [M]"""
+    size = 10_000 if device.type == "cpu" else max(1, 200_000_000 // len(data))
+    bar = partial(tqdm, range(0, len(queries), size), desc=f"nearest, {label}", unit_scale=size)
+    if device.type == "cpu":
+        tree = cKDTree(data)
+        return np.concatenate([tree.query(queries[i : i + size], workers=-1)[0] for i in bar()])
+    data, queries = (torch.from_numpy(x).float().to(device) for x in (data, queries))
+    # not by a matrix product, in which the distance to a copy is not 0
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = [distance(queries[i : i + size], data).amin(dim=1) for i in bar()]
+    return torch.cat(nearest).cpu().double().numpy()
+
+
+def novelty(dataset, sample, mean, std, device, label):
+    """Mean distance to the nearest transition of the dataset (eq. 12, 15), plain and squared, of
+    states, actions and both, in the environment's units and standardised. Returns them by name."""
+    own = sample_dataset(dataset, sys.maxsize, None)
+    data, queries = (
+        np.concatenate([x.s, x.a], axis=-1).reshape(-1, len(mean)) for x in (own, sample)
+    )
+    obs_dim, numbers = own.s.shape[-1], {}
+    parts = {"state": np.s_[:, :obs_dim], "action": np.s_[:, obs_dim:], "state-action": np.s_[:, :]}
+    for units in ("raw", "standardised"):
+        if units == "standardised":
+            data, queries = (data - mean) / std, (queries - mean) / std
+        for part, columns in parts.items():
+            what = f"{label}, {part}, {units}"
+            distance = nearest_distance(data[columns], queries[columns], device, what)
+            numbers[f"{part} novelty, {units}"] = distance.mean()
+            numbers[f"{part} novelty, {units}, squared"] = (distance**2).mean()
+    return numbers
+
+
+def correlation(x, y):
+    """Pearson's correlation; NaN if one of the two does not vary. [N], [N] -> float"""
+    varies = np.ptp(x) > 0 and np.ptp(y) > 0
+    return float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
+
+
+def measure(dataset, sample, answers, mean, std, device, label):
+    """All numbers of a sample by name. Rewards of terminal transitions, which hold a penalty, and
+    subtrajectories that end in one are left out of the rewards and of the controllability."""
+    alive = ~sample.terminal
+    whole = alive.all(axis=1)
+    space = dataset.source.action_space
+    at_bound = (sample.a <= space.low) | (sample.a >= space.high)
+    numbers = {
+        "transitions": sample.r.size,
+        "reward": sample.r[alive].mean(dtype=np.float64),
+        "terminal": sample.terminal.mean(),
+        "actions at a bound": at_bound.mean(),
+    }
+    if answers:
+        s_next = sample.s_next.reshape(answers.s_next.shape)
+        error = dynamic_error(s_next, answers.s_next, std[: s_next.shape[1]])
+        numbers |= {
+            "oracle reward": answers.r.reshape(alive.shape)[alive].mean(),
+            "oracle reward, terminal ones too": answers.r.mean(),
+            "dynamic MSE": error.mean(),
+            "dynamic MSE, median": np.median(error),
+            "oracle terminal": answers.terminal.mean(),
+            "unhealthy states": answers.unhealthy.mean(),
+        }
+    if sample.condition is not None and whole.sum() > 1:
+        returns = sample.r.sum(axis=1, dtype=np.float64)
+        numbers["controllability"] = correlation(sample.condition[whole], returns[whole])
+    return numbers | novelty(dataset, sample, mean, std, device, label)
+
+
+# --- output ---
+
+SCREEN = {  # number -> what the table on the screen says
+    "transitions": "transitions",
+    "reward": "reward, as generated",
+    "oracle reward": "oracle reward (D.3)",
+    "dynamic MSE": "dynamic MSE (eq. 14)",
+    "dynamic MSE, median": "  its median",
+    "state novelty, standardised": "state novelty (eq. 15)",
+    "action novelty, standardised": "action novelty",
+    "state-action novelty, standardised": "state-action novelty",
+    "state-action novelty, standardised, squared": "  its square",
+    "state-action novelty, raw": "  in raw units",
+    "state-action novelty, raw, squared": "  its square in raw units",
+    "controllability": "controllability (F.6)",
+    "terminal": "share of terminals",
+    "oracle terminal": "  that MuJoCo would say",
+    "unhealthy states": "share of unhealthy states",
+    "actions at a bound": "share of actions at a bound",
+}
+
+
+def render(rows, form):
+    """Lays out a table, a list of rows of strings whose first is the head."""
+    if form == "latex":
+        rows = [[re.sub(r"([%&_#])", r"\\\1", cell) for cell in row] for row in rows]
+        rows = [[cell.replace("+-", r"$\pm$") for cell in row] for row in rows]
+        head, *body = [" & ".join(row) + r" \\" for row in rows]
+        begin = r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}"
+        return "\n".join([begin, head, r"\hline", *body, r"\end{tabular}"])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join(cells) if form == "text" else f"| {' | '.join(cells)} |")
+    if form == "markdown":
+        lines.insert(1, "|" + "|".join(["---", *["---:"] * (len(rows[0]) - 1)]) + "|")
+    return "\n".join(lines)
+
+
+def show(number):
+    """A number as the table shows it."""
+    if number is None:
+        return "-"
+    if isinstance(number, int):
+        return str(number)
+    return f"{number:.2e}" if 0 < abs(number) < 1e-3 else f"{number:.4f}"
+
+
+def draw_figure(path, dataset, samples, answers):
+    """Two pictures for every buffer: how the returns of subtrajectories are distributed (Figures
+    4c, 8), and condition against generated return (Figure 7). samples and answers are by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    names = [name for name in samples if name != "dataset"]
+    size = (7.0, 2.6 * len(names))
+    figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
+    for (left, right), name in zip(axes, names):
+        sample, answer = samples[name], answers[name]
+        whole = ~sample.terminal.any(axis=1)
+        returns = {
+            "dataset": dataset_returns(dataset, sample.r.shape[1]),
+            "generated": sample.r.sum(axis=1)[whole],
+        }
+        if answer:
+            returns["oracle"] = answer.r.reshape(sample.r.shape).sum(axis=1)[whole]
+        everything = np.concatenate(list(returns.values()))
+        bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), 60)
+        for (label, values), colour in zip(returns.items(), ("0.6", "tab:blue", "tab:orange")):
+            style = {"alpha": 0.5} if label == "dataset" else {"histtype": "step", "linewidth": 1.4}
+            left.hist(values, bins, density=True, color=colour, label=label, **style)
+        left.set(xlabel=f"return of {sample.r.shape[1]} transitions", ylabel="density", title=name)
+        left.legend(frameon=False)
+        if sample.condition is None:
+            right.set_axis_off()
+            continue
+        x, y = sample.condition[whole], returns["generated"]
+        shown = np.random.default_rng(0).permutation(len(x))[:5000]
+        right.scatter(x[shown], y[shown], s=4, alpha=0.3, linewidths=0, rasterized=True)
+        title = f"Pearson's r = {correlation(x, y):.2f}"
+        right.set(xlabel="condition", ylabel="generated return", title=title)
+    suffix = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=200))
+
+
+def plain_number(number):
+    """A NumPy number as Python's; None for NaN, which JSON does not know."""
+    number = number.item() if isinstance(number, np.generic) else number
+    return None if math.isnan(number) else number
+
+
+def measure_buffers(args):
+    """Prints the table of --aug, writes --out and --plot."""
+    device = pick_device(args.device)
+    _, metadata = read_buffer(args.aug[0])
+    dataset = load_dataset(args.env or metadata["env"])
+    rng = np.random.default_rng(args.seed)
+    samples, buffers = {"dataset": sample_dataset(dataset, args.num_transitions, rng)}, {}
+    for path in args.aug:
+        name, sample, metadata = load_sample(path, dataset, args.num_transitions, rng)
+        name = f"{name} {path}" if name in samples else name
+        samples[name], buffers[name] = sample, {"file": str(path), **metadata}
+
+    own = sample_dataset(dataset, sys.maxsize, None)
+    obs_dim = own.s.shape[-1]
+    columns = np.concatenate([own.s, own.a], axis=-1)[:, 0].astype(np.float64)
+    mean, std = columns.mean(axis=0), columns.std(axis=0)
+    std = np.where(std > 1e-6, std, 1.0)  # a dimension that is constant keeps its units
+    env_spec = find_oracle(dataset, std[:obs_dim])
+    answers, numbers = {}, {}
+    for name, sample in samples.items():
+        s, a = (x.reshape(-1, x.shape[-1]) for x in (sample.s, sample.a))
+        answers[name] = ask_oracle(env_spec, s, a, args.workers, name) if env_spec else None
+        own_numbers = measure(dataset, sample, answers[name], mean, std, device, name)
+        numbers[name] = {key: plain_number(number) for key, number in own_numbers.items()}
+
+    rows = [[dataset.name, *samples]]
+    for key, title in SCREEN.items():
+        rows.append([title, *(show(own_numbers.get(key)) for own_numbers in numbers.values())])
+    print(render(rows, args.table))
+    report = {
+        "numbers": numbers,
+        "buffers": buffers,
+        "dataset": dataset.name,
+        "dataset_ids": dataset.ids,
+        "env_id": dataset.env_id,
+        "oracle": env_spec is not None,
+        "args": {**plain_args(args), "aug": [str(path) for path in args.aug], "runs": []},
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    write_atomically(args.out, lambda file: file.write(text.encode()))
+    print(f"wrote {args.out}")
+    if args.plot:
+        draw_figure(args.plot, dataset, samples, answers)
+        print(f"wrote {args.plot}")
+    if args.track:
+        import wandb
+
+        entity = args.wandb_entity
+        wandb.init(project=args.wandb_project, entity=entity, config=report["args"])
+        wandb.log({f"{name}/{key}": x for name, own in numbers.items() for key, x in own.items()})
+
+
+# --- runs ---
+
+
+def read_run(folder):
+    """Returns row (algorithm, augmentation), environment, and the last scores by seed of a run.
+
+    None, with a line, for a run that has not come to its end.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        lines = (folder / "evals.csv").read_text().splitlines()[1:]
+        evals = [line.split(",") for line in lines]
+        row = (config["script"], config["aug_label"])
+        last = max((int(step) for step, *_ in evals), default=-1)
+        scores = {int(seed): float(score) for step, seed, _, score in evals if int(step) == last}
+        name, train_steps = config["dataset"], config["train_steps"]
+    except Exception as error:
+        sys.exit(f"error: --runs {folder}: not a folder of a run ({first_line(error)})")
+    if last < train_steps:
+        print(f"left out: {folder} is at update {max(last, 0)} of {train_steps}")
+        return None
+    return row, name, scores
+
+
+def collect_runs(folders):
+    """Returns the scores of runs as {(algorithm, augmentation): {environment: {seed: score}}}.
+
+    Of two runs of the same seed the later one counts, as their folders' names sort.
+    """
+    table = defaultdict(lambda: defaultdict(dict))
+    by_time = sorted(folders, key=lambda folder: folder.name.split("-")[-3:])
+    for result in filter(None, map(read_run, by_time)):
+        row, name, scores = result
+        table[row][name] |= scores
+    return table
+
+
+def average_scores(scores, environments):
+    """Each seed's mean over the environments, whose deviation is the average's (F.2). [seeds]
+
+    scores is {environment: {seed: score}}. Empty unless all environments are there.
+    """
+    if not all(name in scores for name in environments):
+        return np.array([])
+    seeds = set.intersection(*(set(scores[name]) for name in environments))
+    return np.array(
+        [np.mean([scores[name][seed] for name in environments]) for seed in sorted(seeds)]
+    )
+
+
+def welch_test(mean_a, std_a, n_a, mean_b, std_b, n_b):
+    """Welch's t-test (Table 20), given sample deviations: t, degrees of freedom, two-sided p."""
+    var_a, var_b = std_a**2 / n_a, std_b**2 / n_b
+    if var_a + var_b == 0:
+        return math.nan, math.nan, math.nan
+    t = (mean_b - mean_a) / math.sqrt(var_a + var_b)
+    df = (var_a + var_b) ** 2 / (var_a**2 / (n_a - 1) + var_b**2 / (n_b - 1))
+    return t, df, float(2 * student_t.sf(abs(t), df))
+
+
+def tabulate_runs(args):
+    """Prints the results of --runs, and Welch's tests between the augmentations of a learner."""
+    table = collect_runs(args.runs)
+    require(table, "--runs: no run among them has come to its end")
+    environments = sorted({name for scores in table.values() for name in scores})
+    columns = {}  # (algorithm, augmentation) -> a list of scores [seeds] for every column
+    for row in sorted(table):
+        own = [np.array(list(table[row][name].values())) for name in environments]
+        columns[row] = own + [average_scores(table[row], environments)] * (len(environments) > 1)
+    heads = [*environments, *["average"] * (len(environments) > 1)]
+    rows = [["", *heads]]
+    for (algorithm, aug), scores in columns.items():
+        cells = [f"{x.mean():.1f} +- {x.std():.1f} ({len(x)})" if len(x) else "-" for x in scores]
+        rows.append([algorithm + ("" if aug == "none" else f" + {aug}"), *cells])
+    print("mean +- deviation (number of seeds) of the last evaluation's scores")
+    print(render(rows, args.table))
+    tests = [["Welch's t-test", "", "difference", "t", "df", "p"]]
+    for (row_a, a), (row_b, b) in combinations(columns.items(), 2):
+        for head, x, y in zip(heads, a, b):
+            if row_a[0] == row_b[0] and min(len(x), len(y)) > 1:
+                moments = [m for z in (x, y) for m in (z.mean(), z.std(ddof=1), len(z))]
+                t, df, p = welch_test(*moments)
+                pair = f"{row_a[0]}: {row_b[1]} against {row_a[1]}"
+                cells = [f"{y.mean() - x.mean():.1f}", f"{t:.2f}", f"{df:.1f}", f"{p:.4f}"]
+                tests.append([pair, head, *cells])
+    if len(tests) > 1:
+        print("\n" + render(tests, args.table))
+
+
+def main(args):
+    require(bool(args.aug) != bool(args.runs), "give either --aug buffer.npz or --runs runs/*")
+    require_positive(args, "num_transitions", "workers")
+    for path in (args.out, args.plot or args.out):
+        require(path.parent.is_dir(), f"{path}: no folder {path.parent}")
+    (measure_buffers if args.aug else tabulate_runs)(args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,385 @@
+"""metrics.py: the oracle on recorded data, every metric against brute force, tables and tests."""
+
+import csv
+import json
+import math
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from scipy import stats
+from test_learners import record
+
+import metrics as M
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def own(dataset):
+    """The bundled dataset's transitions, mean and deviation of states and actions, an oracle."""
+    sample = M.sample_dataset(dataset, 10**9, None)
+    columns = np.concatenate([sample.s, sample.a], axis=-1)[:, 0]
+    mean, std = columns.mean(0), columns.std(0)
+    return sample, mean, std, M.find_oracle(dataset, std[:11])
+
+
+def to_buffer(sample, first, N=20, H=5):
+    """Recorded transitions as N subtrajectories of H."""
+    part = np.s_[first : first + N * H]
+    shaped = (x[part, 0].reshape(N, H, *x.shape[2:]) for x in sample[:5])
+    return M.Sample(*shaped, np.arange(N, dtype=np.float32))
+
+
+# --- oracle ---
+
+
+def test_oracle_reproduces_the_recorded_transitions(dataset, own, capsys):
+    """The check of the oracle: velocities below their clip, reward and termination everywhere."""
+    sample, _, std, env_spec = own
+    part = np.random.default_rng(0).choice(len(sample.r), 4000, replace=False)
+    s, a = sample.s[part, 0], sample.a[part, 0]
+    answers = M.ask_oracle(env_spec, s, a, 1, "test")
+    clipped = (np.abs(s[:, 5:]) >= 10).any(1) | (np.abs(sample.s_next[part, 0, 5:]) >= 10).any(1)
+    error = M.dynamic_error(sample.s_next[part, 0], answers.s_next, std[:11])
+    assert (~clipped).mean() > 0.8
+    assert error[~clipped].max() < 1e-6 and np.median(error) < 1e-20
+    np.testing.assert_allclose(answers.r[~clipped], sample.r[part, 0][~clipped], atol=1e-6)
+    assert (answers.terminal == sample.terminal[part, 0])[~clipped].all()
+    assert not answers.unhealthy.any()
+    M.find_oracle(dataset, std[:11])
+    share = float(re.search(r"reproduces ([\d.]+)%", capsys.readouterr().out)[1])
+    assert 80 < share < 100
+
+
+def test_several_processes_answer_as_one(own):
+    sample, _, _, env_spec = own
+    s, a = sample.s[:20_500, 0], sample.a[:20_500, 0]
+    several = M.ask_oracle(env_spec, s, a, 2, "two processes")
+    one = M.ask_chunk(env_spec, (s[-300:], a[-300:]))
+    assert len(several.r) == 20_500
+    np.testing.assert_allclose(several.s_next[-300:], one.s_next, atol=1e-9)
+    np.testing.assert_allclose(several.r[-300:], one.r, atol=1e-9)
+
+
+def test_a_known_change_gives_exactly_that_error(dataset, own):
+    """s' moved by 0.3 deviations in every dimension, rewards by 2: error 0.09, oracle as before."""
+    sample, mean, std, env_spec = own
+    inside = (np.abs(sample.s) < 9).all((1, 2)) & (np.abs(sample.s_next) < 9).all((1, 2))
+    plain = to_buffer(M.Sample(*(x[inside] for x in sample[:5]), None), 100)
+    moved = plain._replace(s_next=plain.s_next + 0.3 * std[:11], r=plain.r + 2)
+    s, a = plain.s.reshape(-1, 11), plain.a.reshape(-1, 3)
+    answers = M.ask_oracle(env_spec, s, a, 1, "test")
+    before, after = (M.measure(dataset, x, answers, mean, std, CPU, "") for x in (plain, moved))
+    assert before["dynamic MSE"] < 1e-12
+    assert after["dynamic MSE"] == pytest.approx(0.09, rel=1e-5)
+    assert after["dynamic MSE, median"] == pytest.approx(0.09, rel=1e-5)
+    assert after["reward"] == pytest.approx(before["reward"] + 2)
+    assert after["oracle reward"] == pytest.approx(before["reward"], abs=1e-6)
+    one = M.dynamic_error(np.array([[1.0, 5.0]]), np.array([[2.0, 8.0]]), np.array([2.0, 1.0]))
+    assert one.tolist() == [(0.25 + 9) / 2]
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "Walker2d-v5",
+        "HalfCheetah-v5",
+        "Swimmer-v5",
+        "InvertedPendulum-v5",
+        "InvertedDoublePendulum-v5",
+        "Ant-v5",
+        "PointMaze_UMaze-v3",
+    ],
+)
+def test_environments_with_an_oracle(env_id, tmp_path):
+    if "Maze" in env_id:
+        gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    options = {"include_cfrc_ext_in_observation": False} if env_id == "Ant-v5" else {}
+    folder = record(tmp_path, "test/own-v0", gym.make(env_id, **options), (40,) * 8)
+    dataset = M.load_dataset(str(folder))
+    sample = M.sample_dataset(dataset, 10**9, None)
+    std = np.maximum(sample.s[:, 0].std(0), 1e-3)
+    env_spec = M.find_oracle(dataset, std)
+    answers = M.ask_chunk(env_spec, (sample.s[:, 0], sample.a[:, 0]))
+    error = M.dynamic_error(sample.s_next[:, 0], answers.s_next, std)
+    inside = (np.abs(sample.s) < 10).all((1, 2)) & (np.abs(sample.s_next) < 10).all((1, 2))
+    assert inside.sum() > 10 and error[inside].max() < 1e-6
+    assert (answers.terminal == sample.terminal[:, 0])[inside].all()
+
+
+@pytest.mark.parametrize("env_id", ["Pusher-v5", "Reacher-v5"])
+def test_environments_without_an_oracle_say_so(env_id, tmp_path, capsys):
+    folder = record(tmp_path, "test/own-v0", gym.make(env_id), (10, 10))
+    dataset = M.load_dataset(str(folder))
+    assert M.find_oracle(dataset, 1.0) is None
+    assert f"oracle: none for {env_id}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_oracle_that_does_not_fit_the_data_is_none(dataset, own, capsys):
+    other = [e._replace(observations=e.observations + 0.1) for e in dataset.episodes[:5]]
+    assert M.find_oracle(dataset._replace(episodes=other), own[2][:11]) is None
+    assert "do not determine the state (MuJoCo reproduces 0" in capsys.readouterr().out
+
+
+# --- metrics ---
+
+
+def test_nearest_distance_is_brute_force():
+    rng = np.random.default_rng(0)
+    data, queries = rng.normal(size=(300, 5)), rng.normal(size=(10_050, 5))  # in two chunks
+    expected = np.sqrt(((queries[:, None] - data[None]) ** 2).sum(-1)).min(1)
+    np.testing.assert_allclose(M.nearest_distance(data, queries, CPU, ""), expected, atol=1e-12)
+    assert (M.nearest_distance(data, data[::-1].copy(), CPU, "") == 0).all()
+    if torch.cuda.is_available():
+        own = M.nearest_distance(data, queries, torch.device("cuda"), "")
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+
+
+def test_novelty_against_loops(dataset, own):
+    sample, mean, std, _ = own
+    few = dataset._replace(
+        episodes=[M.Episode(*(x[: n + (i == 0)] for i, x in enumerate(e)))
+                  for e, n in zip(dataset.episodes, (40, 25))]
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    plain = to_buffer(sample, 5000, N=6, H=4)
+    queries = plain._replace(s=plain.s + 0.1 * rng.normal(size=plain.s.shape))
+    numbers = M.novelty(few, queries, mean, std, CPU, "")
+    data = [np.concatenate([e.observations[t], e.actions[t]])
+            for e in few.episodes for t in range(len(e.rewards))]  # fmt: skip
+    assert len(data) == 65
+    parts = {"state": range(11), "action": range(11, 14), "state-action": range(14)}
+    for part, columns in parts.items():
+        for units in ("raw", "standardised"):
+            distances = []
+            for s, a in zip(queries.s.reshape(-1, 11), queries.a.reshape(-1, 3)):
+                x, best = np.concatenate([s, a]), math.inf
+                for row in data:
+                    scale = std if units == "standardised" else np.ones(14)
+                    best = min(best, sum(((x - row)[d] / scale[d]) ** 2 for d in columns) ** 0.5)
+                distances.append(best)
+            name = f"{part} novelty, {units}"
+            assert numbers[name] == pytest.approx(np.mean(distances), rel=1e-9)
+            assert numbers[f"{name}, squared"] == pytest.approx(np.mean(np.square(distances)))
+
+
+def test_a_copy_of_the_dataset_is_not_novel(dataset, own):
+    sample, mean, std, _ = own
+    numbers = M.novelty(dataset, to_buffer(sample, 0), mean, std, CPU, "")
+    assert len(numbers) == 12 and not any(numbers.values())
+
+
+def test_shares_rewards_and_controllability(dataset, own):
+    sample, mean, std, _ = own
+    buffer = to_buffer(sample, 0, N=30, H=4)
+    buffer.terminal[:] = False
+    buffer.terminal[3, -1] = True
+    buffer.r[3, -1] = -100.0
+    buffer.a[:] = 0.2
+    buffer.a[0, 0] = [1.0, -1.0, 0.5]
+    answers = M.Answers(
+        buffer.s_next.reshape(-1, 11) + 1.0,
+        np.arange(120.0),
+        np.arange(120) == 5,
+        np.arange(120) < 12,
+    )
+    numbers = M.measure(dataset, buffer, answers, mean, std, CPU, "")
+    kept = [n for n in range(30) if n != 3]
+    assert numbers["terminal"] == 1 / 120 and numbers["oracle terminal"] == 1 / 120
+    assert numbers["unhealthy states"] == 0.1
+    assert numbers["actions at a bound"] == pytest.approx(2 / 360)
+    rewards = [buffer.r[n, h] for n in range(30) for h in range(4) if (n, h) != (3, 3)]
+    assert numbers["reward"] == pytest.approx(np.mean(rewards))
+    assert numbers["oracle reward"] == pytest.approx((sum(range(120)) - 15) / 119)
+    assert numbers["dynamic MSE"] == pytest.approx(np.mean(1 / std[:11] ** 2))
+    returns = buffer.r.sum(1)[kept]
+    expected = stats.pearsonr(buffer.condition[kept], returns).statistic
+    assert numbers["controllability"] == pytest.approx(expected)
+
+
+def test_samples_are_whole_subtrajectories_of_the_buffer(dataset, pipeline):
+    path = pipeline[0] / "buffer.npz"
+    with np.load(path, allow_pickle=False) as file:
+        buffer = dict(file)
+    name, sample, metadata = M.load_sample(path, dataset, 10**6, None)
+    assert name == "gta(mu 0.5, alpha 1.3)" and metadata["horizon"] == 7
+    for n in (0, 17, 39):
+        for h in range(7):
+            np.testing.assert_array_equal(sample.s[n, h], buffer["observations"][n, h])
+            np.testing.assert_array_equal(sample.s_next[n, h], buffer["observations"][n, h + 1])
+            np.testing.assert_array_equal(sample.a[n, h], buffer["actions"][n, h])
+            assert sample.r[n, h] == buffer["rewards"][n, h]
+    _, fewer, _ = M.load_sample(path, dataset, 50, np.random.default_rng(0))
+    assert fewer.r.shape == (8, 7)
+    rows = {row.tobytes() for row in buffer["rewards"]}
+    assert len({row.tobytes() for row in fewer.r} & rows) == 8
+    few = M.sample_dataset(dataset, 300, np.random.default_rng(0))
+    assert few.s.shape == (300, 1, 11) and len(np.unique(few.s[:, 0], axis=0)) == 300
+
+
+def test_returns_of_the_datasets_windows(dataset):
+    few = dataset._replace(episodes=dataset.episodes[:2])
+    expected = [e.rewards[t : t + 31].sum()
+                for e in few.episodes for t in range(len(e.rewards) - 30)]  # fmt: skip
+    np.testing.assert_allclose(M.dataset_returns(few, 31), expected)
+
+
+# --- the command ---
+
+
+def test_the_command_prints_and_writes_all_numbers(pipeline, tmp_path):
+    path = pipeline[0] / "buffer.npz"
+    (tmp_path / "copy.npz").write_bytes(path.read_bytes())
+    flags = ["--aug", path, "copy.npz", "--plot", "figure.png", "--num-transitions", 140]
+    output = run(ROOT / "metrics.py", *flags, cwd=tmp_path).stdout
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    name = "gta(mu 0.5, alpha 1.3)"
+    assert list(report["numbers"]) == ["dataset", name, f"{name} copy.npz"]
+    assert report["dataset_ids"] == ["hopper-medium-sample-v0"] and report["oracle"] is True
+    assert report["args"]["aug"] == [str(path), "copy.npz"]
+    assert report["buffers"][name]["mu"] == 0.5 and report["buffers"][name]["file"] == str(path)
+    own = report["numbers"][name]
+    assert own["transitions"] == 140 and report["numbers"]["dataset"]["transitions"] == 140
+    assert report["numbers"]["dataset"]["dynamic MSE, median"] < 1e-20
+    assert report["numbers"]["dataset"]["state-action novelty, standardised"] == 0
+    assert own["dynamic MSE"] > 0.01 and own["state novelty, raw"] > 0.01
+    lines = [line.split("  ") for line in output.splitlines()]
+    lines = {line[0]: [cell for cell in line[1:] if cell] for line in lines}
+    assert float(lines["dynamic MSE (eq. 14)"][1]) == pytest.approx(own["dynamic MSE"], abs=1e-4)
+    assert float(lines["oracle reward (D.3)"][1]) == pytest.approx(own["oracle reward"], abs=1e-4)
+    assert len(lines["state novelty (eq. 15)"]) == 3
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda b: b | {"rewards": b["rewards"] * np.nan}, "rewards are not all finite"),
+        (lambda b: b | {"actions": b["actions"][:, :, :2]}, "have [11, 2] dimensions, not [11, 3]"),
+        (lambda b: {k: v if k == "metadata" else v[:0] for k, v in b.items()}, "is empty"),
+        (lambda b: {"x": b["rewards"]}, "not a whole buffer"),
+        (lambda b: b | {"metadata": str(b["metadata"]).replace("-sample-v0", "-other-v0")},
+         "was made from hopper-medium-other-v0, not from hopper-medium-sample-v0"),
+    ],
+)  # fmt: skip
+def test_bad_buffers_are_one_line(pipeline, tmp_path, dataset, damage, message):
+    with np.load(pipeline[0] / "buffer.npz", allow_pickle=False) as file:
+        np.savez(tmp_path / "bad.npz", **damage(dict(file)))
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        M.load_sample(tmp_path / "bad.npz", dataset, 100, np.random.default_rng(0))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "give either --aug buffer.npz or --runs runs/*"),
+        (["--aug", "a.npz", "--runs", "b"], "give either --aug buffer.npz or --runs runs/*"),
+        (["--aug", "missing.npz"], "--aug missing.npz: no such file"),
+        (["--aug", ROOT / "README.md"], "not a whole buffer.npz"),
+        (["--aug", "a.npz", "--num-transitions", "0"], "--num-transitions 0: must be positive"),
+        (["--aug", "a.npz", "--out", "none/m.json"], "none/m.json: no folder none"),
+        (["--runs", "."], "--runs .: not a folder of a run"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, tmp_path):
+    result = run(ROOT / "metrics.py", *flags, cwd=tmp_path, code=1)
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- runs ---
+
+TABLE_20 = [  # means and deviations of SynthER and GTA over 8 seeds, and the paper's p
+    ("TD3BC", (78.64, 2.38), (84.63, 2.20), "0.0001"),
+    # the paper's Table 20 heads the next two IQL and CQL; in its Table 1 they are CQL's and IQL's
+    ("IQL", (81.20, 1.46), (85.27, 1.02), "0.0000"),
+    ("CQL", (81.97, 2.21), (86.11, 0.94), "0.0008"),
+    ("MCQ", (82.81, 3.21), (85.91, 1.05), "0.0303"),
+]
+
+
+@pytest.mark.parametrize("column, synther, gta, p", TABLE_20, ids=[row[0] for row in TABLE_20])
+def test_welch_is_table_20(column, synther, gta, p):
+    assert f"{M.welch_test(*synther, 8, *gta, 8)[2]:.4f}" == p
+
+
+def test_welch_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=5), rng.normal(0.7, 2, size=9)
+    t, df, p = M.welch_test(a.mean(), a.std(ddof=1), 5, b.mean(), b.std(ddof=1), 9)
+    expected = stats.ttest_ind(b, a, equal_var=False)
+    assert (t, df, p) == pytest.approx((expected.statistic, expected.df, expected.pvalue))
+    assert math.isnan(M.welch_test(1.0, 0.0, 3, 1.0, 0.0, 3)[2])
+
+
+def write_run(root, algorithm, aug, env, scores, time="20260101-000000-000000", last=10):
+    folder = root / f"{algorithm}-{env}-{re.sub('[^a-z0-9]+', '_', aug)}-0-{time}"
+    folder.mkdir(parents=True)
+    config = {"script": algorithm, "aug_label": aug, "dataset": env, "train_steps": 10}
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "evals.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["update", "seed", "return", "score"])
+        for step in (5, last):
+            for seed, score in scores.items():
+                writer.writerow([step, seed, 0.0, score if step == last else -1])
+    return folder
+
+
+def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
+    gta = "gta(mu 0.25, alpha 1.1)"
+    scores = {
+        ("none", "hopper"): {0: 60.0, 1: 62.0, 2: 70.0},
+        ("none", "walker"): {0: 80.0, 1: 84.0, 2: 79.0},
+        (gta, "hopper"): {0: 75.0, 1: 71.0, 2: 73.0},
+        (gta, "walker"): {0: 90.0, 1: 85.0, 2: 88.0},
+    }
+    folders = [write_run(tmp_path, "iql", *key, own) for key, own in scores.items()]
+    folders.append(write_run(tmp_path, "cql", "none", "hopper", {0: 50.0}))
+    folders.append(write_run(tmp_path, "cql", gta, "hopper", {0: 1.0}, last=7))  # not at its end
+    later = "20260102-000000-000000"
+    folders.append(write_run(tmp_path, "cql", "none", "hopper", {0: 55.0, 1: 57.0}, later))
+    M.tabulate_runs(M.Args(runs=tuple(reversed(folders))))
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].startswith("left out: ") and output[0].endswith("is at update 7 of 10")
+    find = lambda start: next(line for line in output if line.startswith(start))  # noqa: E731
+    assert "hopper" in output[2] and "walker" in output[2] and "average" in output[2]
+    assert "56.0 +- 1.0 (2)" in find("cql ") and find("cql ").split()[-1] == "-"
+    expected = [np.mean([scores[gta, env][seed] for env in ("hopper", "walker")])
+                for seed in range(3)]  # fmt: skip
+    average = f"{np.mean(expected):.1f} +- {np.std(expected):.1f} (3)"
+    assert find(f"iql + {gta}").endswith(average)
+    a, b = (list(scores[aug, "hopper"].values()) for aug in ("none", gta))
+    p = stats.ttest_ind(b, a, equal_var=False).pvalue
+    (line,) = [line for line in output if f"iql: none against {gta}" in line and "hopper" in line]
+    assert line.endswith(f"{p:.4f}")
+    assert sum(f"iql: none against {gta}" in line for line in output) == 3
+
+
+def test_runs_of_the_learners_are_read(pipeline, capsys):
+    folders = tuple(sorted((pipeline[0] / "runs").iterdir()))
+    M.tabulate_runs(M.Args(runs=folders))
+    output = capsys.readouterr().out
+    for path in folders:
+        config = json.loads((path / "config.json").read_text())
+        with open(path / "evals.csv") as file:
+            scores = [float(row["score"]) for row in csv.DictReader(file) if row["update"] == "6"]
+        row = "td3bc" + ("" if config["aug_label"] == "none" else f" + {config['aug_label']}")
+        line = next(line for line in output.splitlines() if line.startswith(row + "  "))
+        assert line.endswith(f"{np.mean(scores):.1f} +- {np.std(scores):.1f} ({len(scores)})")
+
+
+def test_tables_in_three_forms():
+    rows = [["a_b", "x", "y"], ["50 %", "1.0 +- 2.0", "-"]]
+    assert M.render(rows, "text") == "a_b            x  y\n50 %  1.0 +- 2.0  -"
+    markdown = M.render(rows, "markdown").splitlines()
+    assert markdown[1] == "|---|---:|---:|" and markdown[2] == "| 50 % | 1.0 +- 2.0 | - |"
+    latex = M.render(rows, "latex").splitlines()
+    assert latex[0] == r"\begin{tabular}{lrr}" and latex[-1] == r"\end{tabular}"
+    assert latex[1] == r"a\_b & x & y \\" and latex[3] == r"50 \% & 1.0 $\pm$ 2.0 & - \\"
