@@ -397,6 +397,28 @@ def read_buffer(path):
     return buffer, metadata
 
 
+def require_fit(path, buffer, metadata, dataset):
+    """Ends the program with one line unless the buffer was made from the dataset."""
+    made_from, ids = "+".join(metadata["dataset_ids"]), "+".join(dataset.ids)
+    require(
+        made_from == ids, f"--aug {path}: made from {made_from}, which contradicts --env, {ids}"
+    )
+    dims, own_dims = (
+        [x.shape[-1] for x in pair]
+        for pair in ((buffer["observations"], buffer["actions"]), dataset.episodes[0][:2])
+    )
+    require(
+        dims == own_dims,
+        f"--aug {path}: observations and actions have {dims} dimensions, not {own_dims}",
+    )
+
+
+def describe_buffer(metadata):
+    """Returns the words that name an augmentation: gta(mu 0.25, alpha 1.1)."""
+    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
+    return metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+
+
 class Scaling(NamedTuple):
     """Affine maps between the environment's units and the learner's."""
 
@@ -432,21 +454,10 @@ def load_episodes(args):
     buffer, metadata = read_buffer(args.aug)
     args.env = args.env or metadata["env"]
     dataset = load_dataset(args.env)
-    require(
-        dataset.ids == metadata["dataset_ids"],
-        f"--aug {args.aug} was made from {'+'.join(metadata['dataset_ids'])}, which contradicts "
-        f"--env {args.env}, {'+'.join(dataset.ids)}",
-    )
+    require_fit(args.aug, buffer, metadata, dataset)
     keys = ("observations", "actions", "rewards", "terminals")
     generated = [Episode(*window) for window in zip(*(buffer[key] for key in keys))]
-    dims, own_dims = ([a.shape[1] for a in e[:2]] for e in (generated[0], dataset.episodes[0]))
-    require(
-        dims == own_dims,
-        f"--aug {args.aug}: observations and actions have {dims} dimensions, not {own_dims}",
-    )
-    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
-    aug = metadata["method"] + (f"({', '.join(settings)})" if settings else "")
-    aug += " only" if args.aug_only else ""
+    aug = describe_buffer(metadata) + (" only" if args.aug_only else "")
     print(f"buffer: {args.aug}, {aug}, {buffer['rewards'].size} transitions")
     aug += f" + {s4rl}" if s4rl else ""
     episodes = generated if args.aug_only else dataset.episodes + generated

@@ -296,6 +296,28 @@ def read_buffer(path):
     return buffer, metadata
 
 
+def require_fit(path, buffer, metadata, dataset):
+    """Ends the program with one line unless the buffer was made from the dataset."""
+    made_from, ids = "+".join(metadata["dataset_ids"]), "+".join(dataset.ids)
+    require(
+        made_from == ids, f"--aug {path}: made from {made_from}, which contradicts --env, {ids}"
+    )
+    dims, own_dims = (
+        [x.shape[-1] for x in pair]
+        for pair in ((buffer["observations"], buffer["actions"]), dataset.episodes[0][:2])
+    )
+    require(
+        dims == own_dims,
+        f"--aug {path}: observations and actions have {dims} dimensions, not {own_dims}",
+    )
+
+
+def describe_buffer(metadata):
+    """Returns the words that name an augmentation: gta(mu 0.25, alpha 1.1)."""
+    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
+    return metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+
+
 class Sample(NamedTuple):
     """N subtrajectories of H transitions: of a buffer; or a dataset's transitions, H = 1."""
 

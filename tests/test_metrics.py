@@ -264,7 +264,7 @@ def test_the_command_prints_and_writes_all_numbers(pipeline, tmp_path):
         (lambda b: {k: v if k == "metadata" else v[:0] for k, v in b.items()}, "is empty"),
         (lambda b: {"x": b["rewards"]}, "not a whole buffer"),
         (lambda b: b | {"metadata": str(b["metadata"]).replace("-sample-v0", "-other-v0")},
-         "was made from hopper-medium-other-v0, not from hopper-medium-sample-v0"),
+         "made from hopper-medium-other-v0, which contradicts --env, hopper-medium-sample-v0"),
     ],
 )  # fmt: skip
 def test_bad_buffers_are_one_line(pipeline, tmp_path, dataset, damage, message):
