@@ -30,11 +30,16 @@ Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, po
 
 import copy
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -164,7 +169,8 @@ def require_positive(args, *names):
     """Ends the program with one line unless all named arguments are positive."""
     for name in names:
         value = getattr(args, name)
-        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
 
 
 def require_between(args, low, high, *names):
@@ -220,14 +226,68 @@ def set_rng_state(state, device):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched.
+
+    Ends the program with one line if the disk does not take it.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_out_of_memory(flags):
+    """Ends the program with one line if memory runs out: which flags lower it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if is_it or "can't allocate memory" in str(error):
+            sys.exit(f"error: out of memory; lower {flags}")
+        raise
+
+
+@contextmanager
+def catch_signals():
+    """Gives an event that the first Ctrl-C or SIGTERM sets, so that a loop can save and leave.
+
+    The second one ends the program at once.
+    """
+    caught = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def catch(number, frame):
+        caught.set()
+        for own in signals:
+            signal.signal(own, signal.SIG_DFL)
+
+    old = [signal.signal(own, catch) for own in signals]
+    try:
+        yield caught
+    finally:
+        for own, handler in zip(signals, old):
+            signal.signal(own, handler)
+
+
+def provenance():
+    """Returns the versions of the packages, and the git commit if there is one."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    return {"versions": versions, "commit": commit or None}
 
 
 # --- dataset ---
@@ -314,7 +374,7 @@ def load_dataset(env):
     Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
     real numbers, or several datasets do not fit together.
     """
-    sources, episodes = [], []
+    sources, episodes, dims = [], [], set()
     for name in resolve_env(env):
         folder = find_minari(name)
         try:
@@ -335,11 +395,23 @@ def load_dataset(env):
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
         sources.append(source)
+        dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
-            observations = flatten_observations(space, e.observations)
-            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+            try:
+                observations = flatten_observations(space, e.observations)
+                episode = Episode(observations, e.actions, e.rewards, e.terminations)
+                T = len(e.rewards)
+                shapes = [(T + 1, *flat.shape), (T, *action_space.shape), (T,), (T,)]
+                whole = T > 0 and [x.shape for x in episode] == shapes
+                finite = all(np.isfinite(x).all() for x in episode)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                whole = finite = False
+            require(whole, f"--env {name}: episode {e.id} is not whole, or not of its space")
+            require(finite, f"--env {name}: episode {e.id} holds NaN or infinite numbers")
+            episodes.append(episode)
     env_ids = sorted({source.env_spec.id for source in sources})
     require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(len(dims) == 1, f"--env {env}: different dimensions of states and actions, {dims}")
     require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
@@ -404,26 +476,34 @@ def read_buffer(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             buffer = {key: file[key] for key in file.files}
-        metadata = json.loads(str(buffer.pop("metadata")))
-        kind, version = metadata["format"], metadata["format_version"]
     except Exception as error:
         sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
+    try:
+        metadata = json.loads(str(buffer.pop("metadata")))
+        kind, version = metadata["format"], metadata["format_version"]
+    except (KeyError, TypeError, ValueError):
+        sys.exit(f"error: --aug {path}: no buffer, it lacks metadata in JSON with its format")
     require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
     require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
     keys = ("observations", "actions", "rewards", "terminals")
     require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
-    names = ("method", "env", "dataset_ids")
+    types = {"method": str, "env": str, "dataset_ids": list}
     require(
-        all(name in metadata for name in names),
-        f"--aug {path}: its metadata lacks one of {', '.join(names)}",
+        all(isinstance(metadata.get(name), type_) for name, type_ in types.items()),
+        f"--aug {path}: its metadata needs method and env, strings, and dataset_ids, a list",
     )
     observations, actions, rewards, terminals = (buffer[key] for key in keys)
     fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
-    fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
-    shapes = ", ".join(f"{key} {list(buffer[key].shape)}" for key in keys)
+    fits &= len(observations) == len(actions) > 0 and observations.ndim == 3
+    fits &= rewards.shape == terminals.shape == actions.shape[:2] and rewards.size > 0
+    for key in ("episode", "timestep", "return_to_go", "condition"):
+        fits &= key not in buffer or buffer[key].shape == actions.shape[:1]
+    shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in buffer.items())
     require(fits, f"--aug {path}: is empty, or its arrays do not fit together: {shapes}")
-    for key in keys:
-        require(np.isfinite(buffer[key]).all(), f"--aug {path}: {key} are not all finite numbers")
+    for key, array in buffer.items():
+        finite = array.dtype.kind in "biuf" and np.isfinite(array).all()
+        require(finite, f"--aug {path}: {key} are not all finite numbers")
+    buffer["terminals"] = terminals.astype(bool)
     return buffer, metadata
 
 
@@ -505,7 +585,7 @@ def scale_rewards(episodes, dataset, args):
     return [e._replace(rewards=scale * e.rewards + args.reward_bias) for e in episodes]
 
 
-def fingerprint(dataset, buffer):
+def fingerprint(dataset, buffer=None):
     """Returns a hash of all that the dataset and the buffer, if there is one, hold."""
     digest = hashlib.sha256()
     for array in [array for episode in dataset.episodes for array in episode]:
@@ -863,12 +943,32 @@ def update(agents, batch, noise, args):
 # --- evaluation ---
 
 
+def read_env_spec(dataset, which):
+    """Returns the arguments with which gymnasium.make makes the dataset's environment.
+
+    which is "env_spec" for the one that was recorded, "eval_env_spec" for that of evaluations. Such
+    a spec in a file also names code to run, which is left alone: the code is what Gymnasium or
+    gymnasium-robotics has registered for the id.
+    """
+    metadata = dataset.source.storage.metadata
+    spec = json.loads(metadata.get(which) or metadata["env_spec"])
+    env_id = spec["id"]
+    require(re.fullmatch(r"[\w/-]+", env_id), f"{env_id}: not the id of an environment")
+    wrappers = [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]
+    require(not wrappers, f"{env_id} is wrapped in {', '.join(wrappers)}, which is not supported")
+    env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
+    steps = spec.get("max_episode_steps")
+    return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
+
+
 def make_env(dataset):
     """Makes the dataset's own evaluation environment, its observations flattened."""
     try:
-        env = dataset.source.recover_environment(eval_env=True)
+        env = gym.make(**read_env_spec(dataset, "eval_env_spec"))
     except ModuleNotFoundError as error:
         sys.exit(f"error: {dataset.env_id} needs the package {error.name}; pip install it")
+    except Exception as error:
+        sys.exit(f"error: {dataset.env_id} cannot be made ({first_line(error)})")
     return gym.wrappers.FlattenObservation(env)
 
 
@@ -979,20 +1079,22 @@ def put_training_state(agents, policy, device):
     set_rng_state(policy["rng"], device)
 
 
-def start_run(args, dataset, aug, references):
+def start_run(args, dataset, about_data, references):
     """Makes the run's folder with config.json, or takes that of --resume. Returns it."""
     script = Path(__file__).stem
     now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    label = f"{script}-{dataset.name}-{aug}-{args.seed}-{now}"
+    label = f"{script}-{dataset.name}-{about_data['aug_label']}-{args.seed}-{now}"
     run = args.resume or args.runs / re.sub(r"[^\w.+-]+", "_", label)
     config = {
         "script": script,
         **plain_args(args),
-        "aug_label": aug,
+        "aug_label": about_data["aug_label"],
         "dataset": dataset.name,
         "dataset_ids": dataset.ids,
+        "data_sha256": about_data["data_sha256"],
         "env_id": dataset.env_id,
         "reference_returns": references,
+        **provenance(),
     }
     if args.resume is None:
         try:
@@ -1007,6 +1109,19 @@ def start_run(args, dataset, aug, references):
         names = {"project": args.wandb_project, "entity": args.wandb_entity, "name": run.name}
         wandb.init(**names, id=run.name, resume="allow", config=config)
     return run
+
+
+def require_finite(agents, losses, step, run):
+    """Ends the program with one line if a loss or a weight is NaN or infinite."""
+    numbers = {**losses}
+    for network, params in agents.weights.items():
+        numbers |= {f"{network} {key}": p for key, p in params.items()}
+    for name, x in numbers.items():
+        require(
+            x.isfinite().all(),
+            f"update {step}: {name} is no longer finite; {run} keeps the last evaluation, if there "
+            "is one; try a lower --lr",
+        )
 
 
 def save_policy(run, step, agents, evals, about_data, args):
@@ -1041,19 +1156,22 @@ def log_to_wandb(step, losses, returns, scores):
     wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
 
 
+@explain_out_of_memory("--batch-size or --num-seeds")
 def main(args):
     policy = load_start(args)
     require_positive(args, "batch_size", "num_seeds", "eval_every", "num_actions", "lr")
     require_between(args, 0, 1, "discount", "tau")
-    require(args.s4rl_sigma >= 0, f"--s4rl-sigma {args.s4rl_sigma}: must not be negative")
+    require_between(args, 0, 1e6, "s4rl_sigma")
+    require_between(args, 0, 1e12, "train_steps")
     require_between(args, 0, 2**32, "seed")
-    require(args.train_steps >= 0, f"--train-steps {args.train_steps}: must not be negative")
     require(args.load or args.train_steps, "--train-steps 0 needs --load policy.pt")
     device = pick_device(args.device)
 
     dataset, episodes, buffer, aug = load_episodes(args)
     fill_in_by_domain(args, dataset.env_id)
     require_positive(args, "eval_episodes", "reward_scale", "actor_lr", "critic_layers")
+    require_between(args, 0, 1e6, "cql_alpha")
+    require_between(args, -1e6, 1e6, "reward_bias", "target_gap")
     scaling = make_scaling(episodes, dataset.source.action_space)
     if policy:
         own, other = policy["env_id"], dataset.env_id
@@ -1078,7 +1196,7 @@ def main(args):
         put_weights(agents, policy)
     envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
     score_0, score_100 = reference_returns(dataset)
-    run = start_run(args, dataset, aug, [score_0, score_100])
+    run = start_run(args, dataset, about_data, [score_0, score_100])
     torch.manual_seed(args.seed)
     first_step, evals, losses = 0, [], {}
     if args.resume:
@@ -1091,6 +1209,7 @@ def main(args):
         return update(agents, batch, CQLNoise.draw(batch.a, args), args)
 
     def evaluate_and_save(step):
+        require_finite(agents, losses, step, run)
         returns = evaluate(agents, envs, scaling, args, device)
         scores = 100 * (returns - score_0) / (score_100 - score_0)
         for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
@@ -1107,19 +1226,20 @@ def main(args):
     last_eager_step = first_step + 10
     steps = range(first_step + 1, args.train_steps + 1)
     progress = tqdm(steps, initial=first_step, total=args.train_steps, unit="update")
-    try:
+    with catch_signals() as caught:
         for step in progress:
             if records_graph(args, device) and step == last_eager_step + 1:
                 train = record_graph(train_step)
             losses.update(train())
             if step % args.eval_every == 0 or step == args.train_steps:
                 evaluate_and_save(step)
+            if caught.is_set() and step < args.train_steps:
+                progress.close()
+                require_finite(agents, losses, step, run)
+                save_policy(run, step, agents, evals, about_data, args)
+                sys.exit(f"interrupted at update {step}; --resume {run} continues from there")
         if args.train_steps == 0:
             evaluate_and_save(0)
-    except KeyboardInterrupt:
-        progress.close()
-        require(evals, "interrupted before the first evaluation: there is nothing to resume")
-        sys.exit(f"interrupted; --resume {run} continues from its evaluation at {evals[-1][0]}")
     write_evals(run, evals)  # a resumed run may have been killed just before it wrote them
     scores = np.array([score for _, _, _, score in evals[-args.num_seeds :]])
     algorithm = Path(__file__).stem + ("" if aug == "none" else f" + {aug}")

@@ -24,12 +24,18 @@ Reads:  diffusion.pt of gta_diffusion.py (--checkpoint) and the dataset that it 
 Writes: buffer.npz (--out), which the learners read with --aug
 """
 
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +59,8 @@ class Args:
     """trained model of gta_diffusion.py; it names its dataset, horizon and sizes"""
     out: Path = Path("buffer.npz")
     """file to write"""
+    overwrite: bool = False
+    """replace --out, whatever it holds"""
     env: str | None = None
     """where the checkpoint's dataset is now, if its folder has moved"""
     num_transitions: int = 5_000_000
@@ -118,7 +126,16 @@ def require_positive(args, *names):
     """Ends the program with one line unless all named arguments are positive."""
     for name in names:
         value = getattr(args, name)
-        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+
+
+def require_between(args, low, high, *names):
+    """Ends the program with one line unless all named arguments are within the bounds."""
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -151,14 +168,68 @@ def first_line(error):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched.
+
+    Ends the program with one line if the disk does not take it.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_out_of_memory(flags):
+    """Ends the program with one line if memory runs out: which flags lower it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if is_it or "can't allocate memory" in str(error):
+            sys.exit(f"error: out of memory; lower {flags}")
+        raise
+
+
+@contextmanager
+def catch_signals():
+    """Gives an event that the first Ctrl-C or SIGTERM sets, so that a loop can save and leave.
+
+    The second one ends the program at once.
+    """
+    caught = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def catch(number, frame):
+        caught.set()
+        for own in signals:
+            signal.signal(own, signal.SIG_DFL)
+
+    old = [signal.signal(own, catch) for own in signals]
+    try:
+        yield caught
+    finally:
+        for own, handler in zip(signals, old):
+            signal.signal(own, handler)
+
+
+def provenance():
+    """Returns the versions of the packages, and the git commit if there is one."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    return {"versions": versions, "commit": commit or None}
 
 
 # --- dataset ---
@@ -245,7 +316,7 @@ def load_dataset(env):
     Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
     real numbers, or several datasets do not fit together.
     """
-    sources, episodes = [], []
+    sources, episodes, dims = [], [], set()
     for name in resolve_env(env):
         folder = find_minari(name)
         try:
@@ -266,11 +337,23 @@ def load_dataset(env):
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
         sources.append(source)
+        dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
-            observations = flatten_observations(space, e.observations)
-            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+            try:
+                observations = flatten_observations(space, e.observations)
+                episode = Episode(observations, e.actions, e.rewards, e.terminations)
+                T = len(e.rewards)
+                shapes = [(T + 1, *flat.shape), (T, *action_space.shape), (T,), (T,)]
+                whole = T > 0 and [x.shape for x in episode] == shapes
+                finite = all(np.isfinite(x).all() for x in episode)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                whole = finite = False
+            require(whole, f"--env {name}: episode {e.id} is not whole, or not of its space")
+            require(finite, f"--env {name}: episode {e.id} holds NaN or infinite numbers")
+            episodes.append(episode)
     env_ids = sorted({source.env_spec.id for source in sources})
     require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(len(dims) == 1, f"--env {env}: different dimensions of states and actions, {dims}")
     require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
@@ -282,6 +365,16 @@ def load_dataset(env):
         f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
     )
     return Dataset(name, ids, env_ids[0], episodes, sources[0])
+
+
+def fingerprint(dataset, buffer=None):
+    """Returns a hash of all that the dataset and the buffer, if there is one, hold."""
+    digest = hashlib.sha256()
+    for array in [array for episode in dataset.episodes for array in episode]:
+        digest.update(np.ascontiguousarray(array))
+    for key in sorted(buffer or ()):
+        digest.update(np.ascontiguousarray(buffer[key]))
+    return digest.hexdigest()
 
 
 class Windows(NamedTuple):
@@ -534,7 +627,20 @@ def load_checkpoint(path):
         kind = type(error).__name__
         sys.exit(f"error: {path}: not a whole checkpoint of gta_diffusion.py ({kind})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
-    require(version == 1, f"{path}: format version {version}; this program reads version 1")
+    require(version == 2, f"{path}: format version {version}; this program reads version 2")
+    keys = (
+        "args",
+        "env",
+        "dataset_ids",
+        "data_sha256",
+        "normalizer",
+        "model",
+        "ema",
+        "step",
+        "rng",
+    )
+    missing = [key for key in keys if key not in checkpoint]
+    require(not missing, f"{path}: lacks {', '.join(missing)}")
     return checkpoint
 
 
@@ -641,6 +747,40 @@ def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
 # --- output ---
 
 
+def hash_weights(network):
+    """Returns a hash of a network's weights."""
+    digest = hashlib.sha256()
+    for p in network.state_dict().values():
+        digest.update(np.ascontiguousarray(p.cpu()))
+    return digest.hexdigest()
+
+
+def is_there(args, metadata):
+    """Whether --out is there already, as this run would make it.
+
+    A run never replaces a buffer of other settings, nor any other file: the program ends with one
+    line unless --overwrite says so.
+    """
+    if args.overwrite or not args.out.exists():
+        return False
+    advice = "give another --out, or --overwrite"
+    try:
+        with np.load(args.out, allow_pickle=False) as file:
+            old = json.loads(str(file["metadata"]))
+            old_keys = old.keys()
+    except Exception as error:
+        kind = type(error).__name__
+        sys.exit(f"error: --out {args.out}: there is something else, no buffer ({kind}); {advice}")
+    free = {"out", "overwrite", "checkpoint", "env", "device", "compile", "track", "versions"}
+    free |= {"commit", "wandb_project", "wandb_entity"}
+    for key in [*metadata, *old_keys]:
+        same = key in free or old.get(key) == metadata.get(key)
+        flag = f"--{key.replace('_', '-')} {old.get(key)}, not {metadata.get(key)}"
+        what = flag if hasattr(args, key) else f"another {key}"
+        require(same, f"{args.out} was made with {what}; {advice}")
+    return True
+
+
 def save_buffer(path, buffer, metadata):
     """Writes buffer.npz: arrays and a JSON string, readable without pickle."""
     arrays = {**buffer, "metadata": np.array(json.dumps(metadata))}
@@ -667,36 +807,67 @@ def summarise(buffer, source_rewards):
     }
 
 
+@explain_out_of_memory("--batch-size or --num-transitions")
 def main(args):
     require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
-    require(args.guidance >= 0, f"--guidance {args.guidance}: must not be negative")
-    require_positive(args, "alpha", "num_transitions", "batch_size", "reweight_u", "reweight_q")
-    require(args.num_steps > 1, f"--num-steps {args.num_steps}: must be at least 2")
-    require(args.reweight_bins >= 0, f"--reweight-bins {args.reweight_bins}: must not be negative")
-    require(args.success_weight >= 1, f"--success-weight {args.success_weight}: at least 1")
+    require_positive(args, "alpha", "batch_size", "reweight_u", "reweight_q")
+    require_between(args, 1, 10**9, "num_transitions")
+    require_positive(args, "sigma_min", "sigma_max", "rho", "s_noise")
+    require_between(args, 0, 1e6, "guidance", "s_churn", "s_min", "reweight_bins")
+    require_between(args, 2, 1e6, "num_steps")
+    require_between(args, 1, 1e12, "success_weight")
+    require_between(args, 0, 2**32, "seed")
+    require(args.sigma_min < args.sigma_max, "--sigma-min must be less than --sigma-max")
+    require(args.s_max >= args.s_min, "--s-max must not be less than --s-min")
     require(
         args.reweight_bins == 0 or args.success_weight == 1,
         "--reweight-bins is for dense rewards, --success-weight for sparse ones: choose one",
     )
     require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
     require(not args.out.is_dir(), f"--out {args.out}: is a folder")
+    require(os.access(args.out.parent, os.W_OK), f"--out {args.out}: cannot be written there")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
     checkpoint = load_checkpoint(args.checkpoint)
     trained = checkpoint["args"]
-    horizon, obs_dim, act_dim = (checkpoint[k] for k in ("horizon", "obs_dim", "act_dim"))
+    try:
+        horizon, obs_dim, act_dim = (checkpoint[k] for k in ("horizon", "obs_dim", "act_dim"))
+        denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"])
+        denoiser.load_state_dict(checkpoint["ema"])
+        mean, std = (checkpoint["normalizer"][k].to(device) for k in ("mean", "std"))
+    except Exception as error:
+        sys.exit(f"error: {args.checkpoint}: does not fit together ({first_line(error)})")
+    denoiser.to(device).eval()
     dataset = load_dataset(args.env or checkpoint["env"])
     require(
         dataset.ids == checkpoint["dataset_ids"],
         f"--checkpoint {args.checkpoint}: trained on {'+'.join(checkpoint['dataset_ids'])}, "
         f"not on {'+'.join(dataset.ids)}",
     )
+    data_sha256 = fingerprint(dataset)
+    same_data = data_sha256 == checkpoint["data_sha256"]
+    require(
+        same_data, f"--checkpoint {args.checkpoint}: the dataset has changed since its training"
+    )
+    metadata = {
+        **plain_args(args),
+        **provenance(),
+        "format": "gta-buffer",
+        "format_version": 1,
+        "method": "gta",
+        "env": args.env or checkpoint["env"],
+        "dataset_ids": dataset.ids,
+        "data_sha256": data_sha256,
+        "env_id": dataset.env_id,
+        "horizon": horizon,
+        "diffusion": {**trained, "step": checkpoint["step"], "ema_sha256": hash_weights(denoiser)},
+    }
+    if is_there(args, metadata):
+        print(f"{args.out} is there already, made with these flags; --overwrite makes it anew")
+        return
     windows = make_windows(dataset, horizon, trained["gamma"], trained["terminal_penalty"])
-    denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"])
-    denoiser.load_state_dict(checkpoint["ema"])
-    denoiser.to(device).eval()
     if device.type == "cuda" if args.compile is None else args.compile:
         denoiser = torch.compile(denoiser)
     if args.track:
@@ -719,7 +890,6 @@ def main(args):
 
     sigmas = noise_schedule(args.num_steps, args.sigma_min, args.sigma_max, args.rho)
     gamma = min(args.s_churn / args.num_steps, math.sqrt(2) - 1)
-    mean, std = (checkpoint["normalizer"][k].to(device) for k in ("mean", "std"))
     rows = (torch.tensor(windows.rows, device=device) - mean) / std
     low, high = dataset.source.action_space.low, dataset.source.action_space.high
 
@@ -746,31 +916,23 @@ def main(args):
         "condition": (condition / trained["return_scale"]).astype(np.float32),
     }
     started = time.time()
-    try:
-        with tqdm(total=num_sources, unit="traj") as progress:
-            for i in range(0, num_sources, args.batch_size):
-                batch = slice(i, min(i + args.batch_size, num_sources))
-                x = generate(batch)
-                buffer["observations"][batch] = x[:, :, :obs_dim]
-                buffer["actions"][batch] = x[:, :-1, obs_dim:-1].clip(low, high)
-                buffer["rewards"][batch] = x[:, :-1, -1]
-                progress.update(len(x))
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; {args.out} was not written")
+    with catch_signals() as caught, tqdm(total=num_sources, unit="traj") as progress:
+        for i in range(0, num_sources, args.batch_size):
+            batch = slice(i, min(i + args.batch_size, num_sources))
+            x = generate(batch)
+            buffer["observations"][batch] = x[:, :, :obs_dim]
+            buffer["actions"][batch] = x[:, :-1, obs_dim:-1].clip(low, high)
+            buffer["rewards"][batch] = x[:, :-1, -1]
+            progress.update(len(x))
+            if caught.is_set():
+                progress.close()
+                sys.exit(f"interrupted; {args.out} was not written")
     if args.restore_terminal_reward and "maze" not in dataset.env_id.lower():
         buffer["rewards"] += trained["terminal_penalty"] * buffer["terminals"]
 
-    metadata = {
-        **plain_args(args),
-        "format": "gta-buffer",
-        "format_version": 1,
-        "method": "gta",
-        "env": args.env or checkpoint["env"],
-        "dataset_ids": dataset.ids,
-        "env_id": dataset.env_id,
-        "horizon": horizon,
-        "diffusion": {**trained, "step": checkpoint["step"]},
-    }
+    for key, array in buffer.items():
+        finite = np.isfinite(array).all()
+        require(finite, f"generated {key} are not all finite; {args.out} was not written")
     save_buffer(args.out, buffer, metadata)
 
     summary = summarise(buffer, windows.rows[steps, -1])

@@ -25,12 +25,18 @@ Writes: diffusion.pt (--out), which gta_augment.py turns into a buffer of augmen
 """
 
 import copy
+import hashlib
+import importlib.metadata
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +61,9 @@ class Args:
     out: Path = Path("diffusion.pt")
     """checkpoint to write"""
     resume: bool = False
-    """continue the run whose checkpoint is --out; give it the same flags"""
+    """continue the run whose checkpoint is --out, if there is one; give it the same flags"""
+    overwrite: bool = False
+    """start anew and replace --out, whatever it holds"""
     horizon: int = 31
     """H, transitions in a subtrajectory. The U-Net sees H + 1 rows, which must be divisible by 8
     (H = 1 works too, without halvings). 31 is the paper's 32 as its authors ran it (Table 8)"""
@@ -112,7 +120,16 @@ def require_positive(args, *names):
     """Ends the program with one line unless all named arguments are positive."""
     for name in names:
         value = getattr(args, name)
-        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+
+
+def require_between(args, low, high, *names):
+    """Ends the program with one line unless all named arguments are within the bounds."""
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -134,20 +151,79 @@ def pick_device(name):
     return device
 
 
+def plain_args(args):
+    """Returns the arguments as a dictionary of plain Python values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
 def first_line(error):
     """Returns what an exception says, cut to one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched.
+
+    Ends the program with one line if the disk does not take it.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_out_of_memory(flags):
+    """Ends the program with one line if memory runs out: which flags lower it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if is_it or "can't allocate memory" in str(error):
+            sys.exit(f"error: out of memory; lower {flags}")
+        raise
+
+
+@contextmanager
+def catch_signals():
+    """Gives an event that the first Ctrl-C or SIGTERM sets, so that a loop can save and leave.
+
+    The second one ends the program at once.
+    """
+    caught = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def catch(number, frame):
+        caught.set()
+        for own in signals:
+            signal.signal(own, signal.SIG_DFL)
+
+    old = [signal.signal(own, catch) for own in signals]
+    try:
+        yield caught
+    finally:
+        for own, handler in zip(signals, old):
+            signal.signal(own, handler)
+
+
+def provenance():
+    """Returns the versions of the packages, and the git commit if there is one."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    return {"versions": versions, "commit": commit or None}
 
 
 # --- dataset ---
@@ -234,7 +310,7 @@ def load_dataset(env):
     Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
     real numbers, or several datasets do not fit together.
     """
-    sources, episodes = [], []
+    sources, episodes, dims = [], [], set()
     for name in resolve_env(env):
         folder = find_minari(name)
         try:
@@ -255,11 +331,23 @@ def load_dataset(env):
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
         sources.append(source)
+        dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
-            observations = flatten_observations(space, e.observations)
-            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+            try:
+                observations = flatten_observations(space, e.observations)
+                episode = Episode(observations, e.actions, e.rewards, e.terminations)
+                T = len(e.rewards)
+                shapes = [(T + 1, *flat.shape), (T, *action_space.shape), (T,), (T,)]
+                whole = T > 0 and [x.shape for x in episode] == shapes
+                finite = all(np.isfinite(x).all() for x in episode)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                whole = finite = False
+            require(whole, f"--env {name}: episode {e.id} is not whole, or not of its space")
+            require(finite, f"--env {name}: episode {e.id} holds NaN or infinite numbers")
+            episodes.append(episode)
     env_ids = sorted({source.env_spec.id for source in sources})
     require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(len(dims) == 1, f"--env {env}: different dimensions of states and actions, {dims}")
     require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
@@ -271,6 +359,16 @@ def load_dataset(env):
         f"{returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
     )
     return Dataset(name, ids, env_ids[0], episodes, sources[0])
+
+
+def fingerprint(dataset, buffer=None):
+    """Returns a hash of all that the dataset and the buffer, if there is one, hold."""
+    digest = hashlib.sha256()
+    for array in [array for episode in dataset.episodes for array in episode]:
+        digest.update(np.ascontiguousarray(array))
+    for key in sorted(buffer or ()):
+        digest.update(np.ascontiguousarray(buffer[key]))
+    return digest.hexdigest()
 
 
 class Windows(NamedTuple):
@@ -561,39 +659,75 @@ def load_checkpoint(path):
         kind = type(error).__name__
         sys.exit(f"error: {path}: not a whole checkpoint of gta_diffusion.py ({kind})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
-    require(version == 1, f"{path}: format version {version}; this program reads version 1")
+    require(version == 2, f"{path}: format version {version}; this program reads version 2")
+    keys = (
+        "args",
+        "env",
+        "dataset_ids",
+        "data_sha256",
+        "normalizer",
+        "model",
+        "ema",
+        "step",
+        "rng",
+    )
+    missing = [key for key in keys if key not in checkpoint]
+    require(not missing, f"{path}: lacks {', '.join(missing)}")
     return checkpoint
 
 
-def check_same_run(args, checkpoint):
-    """Exits unless --resume continues the run that wrote the checkpoint."""
-    free = {"resume", "out", "save_every", "device", "compile", "track"}
+def find_start(args, data_sha256):
+    """Returns the checkpoint that the run goes on from, or None for step 0.
+
+    A run never replaces a checkpoint of other flags or other data, nor one that has got further:
+    the program ends with one line unless --resume or --overwrite says what to do.
+    """
+    require(not (args.resume and args.overwrite), "--resume and --overwrite exclude each other")
+    if args.overwrite or not args.out.exists():
+        return None
+    checkpoint = load_checkpoint(args.out)
+    free = {"out", "resume", "overwrite", "save_every", "device", "compile", "track"}
+    advice = "give the same flags, another --out, or --overwrite"
     for key, value in plain_args(args).items():
         old = checkpoint["args"].get(key)
-        require(
-            old == value or key in free or key.startswith("wandb"),
-            f"--resume: {args.out} was trained with {key} = {old}, not {value}; "
-            "give it the same flags, or another --out",
-        )
+        same = old == value or key in free or key.startswith("wandb")
+        flag = f"--{key.replace('_', '-')}"
+        require(same, f"{args.out} was trained with {flag} {old}, not {value}; {advice}")
+    same = checkpoint["data_sha256"] == data_sha256
+    require(same, f"{args.out} was trained on other data, {args.env} has changed; {advice}")
+    step = checkpoint["step"]
+    require(
+        args.resume or step == args.train_steps,
+        f"{args.out} is at step {step} of {args.train_steps} of the same run; "
+        "--resume continues it, --overwrite starts it anew",
+    )
+    return checkpoint
 
 
-def plain_args(args):
-    """Returns the arguments as a dictionary of plain Python values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-
-
+@explain_out_of_memory("--batch-size or --dim")
 def main(args):
     rows_ok = args.horizon == 1 or (args.horizon > 1 and (args.horizon + 1) % 8 == 0)
     require(rows_ok, f"--horizon {args.horizon}: must be 1 or one less than a multiple of 8")
     require(args.dim > 0 and args.dim % 8 == 0, f"--dim {args.dim}: must be a multiple of 8")
     require_positive(args, "batch_size", "train_steps", "lr", "ema_every", "save_every")
+    require_positive(args, "dim", "return_scale", "p_std", "max_grad_norm")
+    require_between(args, 0, 1, "condition_dropout", "gamma", "ema_decay")
+    require_between(args, 0, 1e6, "terminal_penalty")
+    require_between(args, -20, 20, "p_mean")
+    require_between(args, 0, 2**32, "seed")
     require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
     require(not args.out.is_dir(), f"--out {args.out}: is a folder")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun: several processes do not work yet")
+    require(os.access(args.out.parent, os.W_OK), f"--out {args.out}: cannot be written there")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 
     dataset = load_dataset(args.env)
+    data_sha256 = fingerprint(dataset)
+    checkpoint = find_start(args, data_sha256)
+    if checkpoint and checkpoint["step"] == args.train_steps:
+        print(f"{args.out} is there already, made with these flags; --overwrite makes it anew")
+        return
     windows = make_windows(dataset, args.horizon, args.gamma, args.terminal_penalty)
     obs_dim = dataset.episodes[0].observations.shape[1]
     act_dim = dataset.episodes[0].actions.shape[1]
@@ -614,28 +748,32 @@ def main(args):
     print(f"denoiser: {num_parameters / 1e6:.1f} M parameters, {args.horizon + 1} rows")
 
     first_step = 0
-    if args.resume and args.out.exists():
-        checkpoint = load_checkpoint(args.out)
-        check_same_run(args, checkpoint)
-        denoiser.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        set_rng_state(checkpoint["rng"], device)
+    kept = f"{args.out} keeps the last checkpoint, if there is one; try a lower --lr"
+    if checkpoint:
+        try:
+            denoiser.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scheduler.load_state_dict(checkpoint["scheduler"])
+            set_rng_state(checkpoint["rng"], device)
+        except Exception as error:
+            sys.exit(f"error: {args.out}: does not fit together ({first_line(error)})")
         first_step = checkpoint["step"]
         print(f"resumed {args.out} at step {first_step} of {args.train_steps}")
-        if first_step == args.train_steps:
-            return
     elif args.resume:
         print(f"nothing to resume at {args.out}, starting at step 0")
 
     def save(step):
+        finite = all(p.isfinite().all() for p in denoiser.parameters())
+        require(finite, f"step {step}: the weights are no longer finite; {kept}")
         checkpoint = {
             "format": "gta-diffusion",
-            "format_version": 1,
+            "format_version": 2,
             "args": plain_args(args),
+            **provenance(),
             "env": args.env,
             "dataset_ids": dataset.ids,
+            "data_sha256": data_sha256,
             "env_id": dataset.env_id,
             "obs_dim": obs_dim,
             "act_dim": act_dim,
@@ -661,7 +799,7 @@ def main(args):
     recent_losses = deque(maxlen=10)  # means of 100 steps each
     started = time.time()
     progress = tqdm(range(first_step, args.train_steps), initial=first_step, total=args.train_steps)
-    try:
+    with catch_signals() as caught:
         for step in progress:
             index = torch.randint(len(start), (args.batch_size,), device=device)
             x = gather_windows(rows, start[index], args.horizon, obs_dim)
@@ -680,16 +818,19 @@ def main(args):
             num_losses += 1
             if (step + 1) % 100 == 0:
                 recent_losses.append(loss_sum.item() / num_losses)
+                finite = math.isfinite(recent_losses[-1])
+                require(finite, f"step {step + 1}: the loss is {recent_losses[-1]}; {kept}")
                 loss_sum, num_losses = torch.zeros_like(loss_sum), 0
                 progress.set_postfix(loss=f"{recent_losses[-1]:.3f}")
                 if args.track:
                     log = {"loss": recent_losses[-1], "lr": scheduler.get_last_lr()[0]}
                     wandb.log(log, step=step + 1)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.train_steps:
+            last = step + 1 == args.train_steps
+            if (step + 1) % args.save_every == 0 or last or caught.is_set():
                 save(step + 1)
-    except KeyboardInterrupt:
-        progress.close()
-        sys.exit(f"interrupted; --resume continues from the last checkpoint in {args.out}, if any")
+            if caught.is_set() and not last:
+                progress.close()
+                sys.exit(f"interrupted at step {step + 1}; --resume continues from there")
     steps = f"{args.train_steps} steps, {(time.time() - started) / 60:.1f} min"
     if recent_losses:
         steps += f", loss {np.mean(recent_losses):.3f} over the last {100 * len(recent_losses)}"

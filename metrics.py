@@ -31,9 +31,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import combinations
@@ -96,7 +98,16 @@ def require_positive(args, *names):
     """Ends the program with one line unless all named arguments are positive."""
     for name in names:
         value = getattr(args, name)
-        require(value > 0, f"--{name.replace('_', '-')} {value}: must be positive")
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+
+
+def require_between(args, low, high, *names):
+    """Ends the program with one line unless all named arguments are within the bounds."""
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -129,14 +140,33 @@ def first_line(error):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file, then renames it: path is whole or untouched."""
+    """Calls write(file) on a temporary file, then renames it: path is whole or untouched.
+
+    Ends the program with one line if the disk does not take it.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_out_of_memory(flags):
+    """Ends the program with one line if memory runs out: which flags lower it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if is_it or "can't allocate memory" in str(error):
+            sys.exit(f"error: out of memory; lower {flags}")
+        raise
 
 
 # --- dataset ---
@@ -225,7 +255,7 @@ def load_dataset(env):
     Exits with one line if there is no such dataset, it is damaged, its spaces are not vectors of
     real numbers, or several datasets do not fit together.
     """
-    sources, episodes = [], []
+    sources, episodes, dims = [], [], set()
     for name in resolve_env(env):
         folder = find_minari(name)
         try:
@@ -246,11 +276,23 @@ def load_dataset(env):
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
         sources.append(source)
+        dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
-            observations = flatten_observations(space, e.observations)
-            episodes.append(Episode(observations, e.actions, e.rewards, e.terminations))
+            try:
+                observations = flatten_observations(space, e.observations)
+                episode = Episode(observations, e.actions, e.rewards, e.terminations)
+                T = len(e.rewards)
+                shapes = [(T + 1, *flat.shape), (T, *action_space.shape), (T,), (T,)]
+                whole = T > 0 and [x.shape for x in episode] == shapes
+                finite = all(np.isfinite(x).all() for x in episode)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                whole = finite = False
+            require(whole, f"--env {name}: episode {e.id} is not whole, or not of its space")
+            require(finite, f"--env {name}: episode {e.id} holds NaN or infinite numbers")
+            episodes.append(episode)
     env_ids = sorted({source.env_spec.id for source in sources})
     require(len(env_ids) == 1, f"--env {env}: different environments, {' and '.join(env_ids)}")
+    require(len(dims) == 1, f"--env {env}: different dimensions of states and actions, {dims}")
     require(episodes, f"--env {env}: no episodes")
 
     ids = [source.id for source in sources]
@@ -273,26 +315,34 @@ def read_buffer(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             buffer = {key: file[key] for key in file.files}
-        metadata = json.loads(str(buffer.pop("metadata")))
-        kind, version = metadata["format"], metadata["format_version"]
     except Exception as error:
         sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
+    try:
+        metadata = json.loads(str(buffer.pop("metadata")))
+        kind, version = metadata["format"], metadata["format_version"]
+    except (KeyError, TypeError, ValueError):
+        sys.exit(f"error: --aug {path}: no buffer, it lacks metadata in JSON with its format")
     require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
     require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
     keys = ("observations", "actions", "rewards", "terminals")
     require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
-    names = ("method", "env", "dataset_ids")
+    types = {"method": str, "env": str, "dataset_ids": list}
     require(
-        all(name in metadata for name in names),
-        f"--aug {path}: its metadata lacks one of {', '.join(names)}",
+        all(isinstance(metadata.get(name), type_) for name, type_ in types.items()),
+        f"--aug {path}: its metadata needs method and env, strings, and dataset_ids, a list",
     )
     observations, actions, rewards, terminals = (buffer[key] for key in keys)
     fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
-    fits &= rewards.shape == terminals.shape == actions.shape[:2] and len(actions) > 0
-    shapes = ", ".join(f"{key} {list(buffer[key].shape)}" for key in keys)
+    fits &= len(observations) == len(actions) > 0 and observations.ndim == 3
+    fits &= rewards.shape == terminals.shape == actions.shape[:2] and rewards.size > 0
+    for key in ("episode", "timestep", "return_to_go", "condition"):
+        fits &= key not in buffer or buffer[key].shape == actions.shape[:1]
+    shapes = ", ".join(f"{key} {list(array.shape)}" for key, array in buffer.items())
     require(fits, f"--aug {path}: is empty, or its arrays do not fit together: {shapes}")
-    for key in keys:
-        require(np.isfinite(buffer[key]).all(), f"--aug {path}: {key} are not all finite numbers")
+    for key, array in buffer.items():
+        finite = array.dtype.kind in "biuf" and np.isfinite(array).all()
+        require(finite, f"--aug {path}: {key} are not all finite numbers")
+    buffer["terminals"] = terminals.astype(bool)
     return buffer, metadata
 
 
@@ -345,51 +395,54 @@ def sample_dataset(dataset, num_transitions, rng):
     return Sample(*(column[index][:, None] for column in columns), None)
 
 
-def load_sample(path, dataset, num_transitions, rng):
-    """Reads a buffer and draws whole subtrajectories of it without replacement.
-
-    Returns its name, such as gta(mu 0.25, alpha 1.1), the sample and the buffer's metadata. Exits
-    with one line if the buffer does not fit the dataset.
-    """
-    buffer, metadata = read_buffer(path)
-    require(
-        dataset.ids == metadata["dataset_ids"],
-        f"--aug {path} was made from {'+'.join(metadata['dataset_ids'])}, not from "
-        f"{'+'.join(dataset.ids)}",
-    )
-    observations, actions, rewards = (buffer[k] for k in ("observations", "actions", "rewards"))
-    dims, own_dims = (
-        [x.shape[-1] for x in pair] for pair in ((observations, actions), dataset.episodes[0][:2])
-    )
-    require(
-        dims == own_dims,
-        f"--aug {path}: observations and actions have {dims} dimensions, not {own_dims}",
-    )
-    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
-    name = metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+def sample_buffer(buffer, num_transitions, rng):
+    """Draws whole subtrajectories of a buffer without replacement."""
+    actions, condition = buffer["actions"], buffer.get("condition")
     index = np.arange(len(actions))
     num_windows = math.ceil(num_transitions / actions.shape[1])
     if num_windows < len(index):
         index = np.sort(rng.choice(index, num_windows, replace=False))
-    observations, condition = observations[index], buffer.get("condition")
-    sample = Sample(
+    observations = buffer["observations"][index]
+    return Sample(
         observations[:, :-1],
         actions[index],
-        rewards[index],
+        buffer["rewards"][index],
         observations[:, 1:],
         buffer["terminals"][index],
         None if condition is None else condition[index],
     )
-    return name, sample, metadata
 
 
 def dataset_returns(dataset, horizon):
-    """The reward sums of all windows of horizon transitions in the dataset. [W]"""
+    """The reward sums of the dataset's windows of that many transitions, as in a Sample those that
+    hold a terminal left out. [W]"""
     sums = []
     for e in dataset.episodes:
-        total = np.concatenate([[0.0], np.cumsum(e.rewards, dtype=np.float64)])
-        sums.append(total[horizon:] - total[:-horizon])
+        rewards, terminals = (
+            np.concatenate([[0.0], np.cumsum(x, dtype=np.float64)])
+            for x in (e.rewards, e.terminals)
+        )
+        alive = terminals[horizon:] == terminals[:-horizon]
+        sums.append((rewards[horizon:] - rewards[:-horizon])[alive])
     return np.concatenate(sums)
+
+
+class Reference(NamedTuple):
+    """The dataset's N states and actions, to which distances are measured."""
+
+    sa: np.ndarray  # [N, obs_dim + act_dim]
+    mean: np.ndarray  # [obs_dim + act_dim]
+    std: np.ndarray  # [obs_dim + act_dim]
+
+
+def make_reference(dataset):
+    """Returns all states and actions of the dataset with their mean and deviation."""
+    states = np.concatenate([e.observations[:-1] for e in dataset.episodes])
+    sa = np.column_stack([states, np.concatenate([e.actions for e in dataset.episodes])])
+    sa = sa.astype(np.float64)
+    std = sa.std(axis=0)
+    # a dimension that is constant keeps its units
+    return Reference(sa, sa.mean(axis=0), np.where(std > 1e-6, std, 1.0))
 
 
 # --- oracle ---
@@ -404,10 +457,28 @@ class Answers(NamedTuple):
     unhealthy: np.ndarray  # [M] bool: so it calls s
 
 
+def read_env_spec(dataset, which):
+    """Returns the arguments with which gymnasium.make makes the dataset's environment.
+
+    which is "env_spec" for the one that was recorded, "eval_env_spec" for that of evaluations. Such
+    a spec in a file also names code to run, which is left alone: the code is what Gymnasium or
+    gymnasium-robotics has registered for the id.
+    """
+    metadata = dataset.source.storage.metadata
+    spec = json.loads(metadata.get(which) or metadata["env_spec"])
+    env_id = spec["id"]
+    require(re.fullmatch(r"[\w/-]+", env_id), f"{env_id}: not the id of an environment")
+    wrappers = [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]
+    require(not wrappers, f"{env_id} is wrapped in {', '.join(wrappers)}, which is not supported")
+    env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
+    steps = spec.get("max_episode_steps")
+    return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
+
+
 @lru_cache
 def oracle_env(env_spec):
-    """Makes the environment of an EnvSpec in JSON, once in a process."""
-    return gym.make(gym.envs.registration.EnvSpec.from_json(env_spec)).unwrapped
+    """Makes the environment of read_env_spec's arguments in JSON, once in a process."""
+    return gym.make(**json.loads(env_spec)).unwrapped
 
 
 def set_state(env, observation):
@@ -422,7 +493,10 @@ def set_state(env, observation):
         angles = np.arctan2(observation[1:3], observation[3:5])
         env.set_state(np.concatenate([observation[:1], angles]), observation[5 : 5 + nv])
         return
-    hidden = env.observation_structure.get("skipped_qpos", 0)
+    structure = getattr(env, "observation_structure", None)
+    if structure is None:
+        raise AttributeError("how its observations make a state is not known")
+    hidden = structure.get("skipped_qpos", 0)
     qpos = np.concatenate([np.zeros(hidden), observation[: nq - hidden]])
     env.set_state(qpos, observation[nq - hidden : nq - hidden + nv])
 
@@ -446,12 +520,22 @@ def ask_oracle(env_spec, s, a, workers, label):
     size = 2000
     chunks = [(s[i : i + size], a[i : i + size]) for i in range(0, len(s), size)]
     ask = partial(ask_chunk, env_spec)
-    bar = partial(tqdm, total=len(chunks), desc=f"oracle, {label}", unit_scale=size)
-    if workers == 1 or len(chunks) < 10:  # starting a process takes as long as 20,000 transitions
-        answers = list(bar(map(ask, chunks)))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            answers = list(bar(pool.map(ask, chunks)))
+    answers = []
+    with tqdm(total=len(s), desc=f"oracle, {label}", unit="", leave=False) as bar:
+
+        def collect(results):
+            for result in results:
+                answers.append(result)
+                bar.update(len(result.r))
+
+        if workers == 1 or len(chunks) < 10:  # to start a process takes 20 000 transitions' time
+            collect(map(ask, chunks))
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it
+                results = pool.map(ask, chunks)
+                signal.signal(signal.SIGINT, interrupt)
+                collect(results)
     return Answers(*(np.concatenate(column) for column in zip(*answers)))
 
 
@@ -462,11 +546,11 @@ def find_oracle(dataset, std):
     velocities were clipped when they were observed (for random actions in Walker2d, three quarters
     of them). Below a twentieth there is no oracle: None.
     """
-    env_spec = dataset.source.env_spec.to_json()
+    env_spec = json.dumps(read_env_spec(dataset, "env_spec"))
     recorded = sample_dataset(dataset, 500, np.random.default_rng(0))
     try:
         answers = ask_chunk(env_spec, (recorded.s[:, 0], recorded.a[:, 0]))
-    except (AttributeError, ModuleNotFoundError) as error:
+    except (AttributeError, ModuleNotFoundError, gym.error.Error) as error:
         print(f"oracle: none for {dataset.env_id} ({first_line(error)})")
         return None
     same = dynamic_error(recorded.s_next[:, 0], answers.s_next, std) < 1e-6
@@ -477,7 +561,10 @@ def find_oracle(dataset, std):
             f"(MuJoCo reproduces {same.mean():.1%} of the recorded transitions)"
         )
         return None
-    print(f"oracle: MuJoCo reproduces {same.mean():.1%} of the recorded transitions")
+    print(
+        f"oracle: MuJoCo reproduces {same.mean():.1%} of the recorded transitions (the others hold "
+        "what an observation does not, such as a velocity that was clipped)"
+    )
     return env_spec
 
 
@@ -489,37 +576,40 @@ def dynamic_error(s_next, s_true, std):
     return (((s_next - s_true) / std) ** 2).mean(axis=-1)
 
 
-def nearest_distance(data, queries, device, label):
+def nearest_distance(data, queries, device, bar):
     """Euclidean distance from every query to the nearest row of data: exact. [M, d] -> [M]"""
     size = 10_000 if device.type == "cpu" else max(1, 200_000_000 // len(data))
-    bar = partial(tqdm, range(0, len(queries), size), desc=f"nearest, {label}", unit_scale=size)
     if device.type == "cpu":
-        tree = cKDTree(data)
-        return np.concatenate([tree.query(queries[i : i + size], workers=-1)[0] for i in bar()])
-    data, queries = (torch.from_numpy(x).float().to(device) for x in (data, queries))
-    # not by a matrix product, in which the distance to a copy is not 0
-    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = [distance(queries[i : i + size], data).amin(dim=1) for i in bar()]
-    return torch.cat(nearest).cpu().double().numpy()
+        find = partial(cKDTree(data).query, workers=-1)
+    else:
+        data, queries = (torch.from_numpy(x).float().to(device) for x in (data, queries))
+    distances = []
+    for i in range(0, len(queries), size):
+        chunk = queries[i : i + size]
+        if device.type == "cpu":
+            distances.append(find(chunk)[0])
+        else:  # not by a matrix product, in which the distance to a copy is not 0
+            distance = torch.cdist(chunk, data, compute_mode="donot_use_mm_for_euclid_dist")
+            distances.append(distance.amin(dim=1).cpu().double().numpy())
+        bar.update(len(chunk))
+    return np.concatenate(distances)
 
 
-def novelty(dataset, sample, mean, std, device, label):
+def novelty(reference, sample, device, label):
     """Mean distance to the nearest transition of the dataset (eq. 12, 15), plain and squared, of
     states, actions and both, in the environment's units and standardised. Returns them by name."""
-    own = sample_dataset(dataset, sys.maxsize, None)
-    data, queries = (
-        np.concatenate([x.s, x.a], axis=-1).reshape(-1, len(mean)) for x in (own, sample)
-    )
-    obs_dim, numbers = own.s.shape[-1], {}
+    obs_dim, numbers = sample.s.shape[-1], {}
+    data, mean, std = reference
+    queries = np.concatenate([sample.s, sample.a], axis=-1).reshape(-1, len(mean))
     parts = {"state": np.s_[:, :obs_dim], "action": np.s_[:, obs_dim:], "state-action": np.s_[:, :]}
-    for units in ("raw", "standardised"):
-        if units == "standardised":
-            data, queries = (data - mean) / std, (queries - mean) / std
-        for part, columns in parts.items():
-            what = f"{label}, {part}, {units}"
-            distance = nearest_distance(data[columns], queries[columns], device, what)
-            numbers[f"{part} novelty, {units}"] = distance.mean()
-            numbers[f"{part} novelty, {units}, squared"] = (distance**2).mean()
+    with tqdm(total=6 * len(queries), desc=f"nearest, {label}", unit="", leave=False) as bar:
+        for units in ("raw", "standardised"):
+            if units == "standardised":
+                data, queries = (data - mean) / std, (queries - mean) / std
+            for part, columns in parts.items():
+                distance = nearest_distance(data[columns], queries[columns], device, bar)
+                numbers[f"{part} novelty, {units}"] = distance.mean()
+                numbers[f"{part} novelty, {units}, squared"] = (distance**2).mean()
     return numbers
 
 
@@ -529,7 +619,7 @@ def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
 
 
-def measure(dataset, sample, answers, mean, std, device, label):
+def measure(dataset, reference, sample, answers, device, label):
     """All numbers of a sample by name. Rewards of terminal transitions, which hold a penalty, and
     subtrajectories that end in one are left out of the rewards and of the controllability."""
     alive = ~sample.terminal
@@ -544,7 +634,7 @@ def measure(dataset, sample, answers, mean, std, device, label):
     }
     if answers:
         s_next = sample.s_next.reshape(answers.s_next.shape)
-        error = dynamic_error(s_next, answers.s_next, std[: s_next.shape[1]])
+        error = dynamic_error(s_next, answers.s_next, reference.std[: s_next.shape[1]])
         numbers |= {
             "oracle reward": answers.r.reshape(alive.shape)[alive].mean(),
             "oracle reward, terminal ones too": answers.r.mean(),
@@ -556,7 +646,7 @@ def measure(dataset, sample, answers, mean, std, device, label):
     if sample.condition is not None and whole.sum() > 1:
         returns = sample.r.sum(axis=1, dtype=np.float64)
         numbers["controllability"] = correlation(sample.condition[whole], returns[whole])
-    return numbers | novelty(dataset, sample, mean, std, device, label)
+    return numbers | novelty(reference, sample, device, label)
 
 
 # --- output ---
@@ -566,18 +656,18 @@ SCREEN = {  # number -> what the table on the screen says
     "reward": "reward, as generated",
     "oracle reward": "oracle reward (D.3)",
     "dynamic MSE": "dynamic MSE (eq. 14)",
-    "dynamic MSE, median": "  its median",
+    "dynamic MSE, median": "dynamic MSE, median",
     "state novelty, standardised": "state novelty (eq. 15)",
     "action novelty, standardised": "action novelty",
     "state-action novelty, standardised": "state-action novelty",
-    "state-action novelty, standardised, squared": "  its square",
-    "state-action novelty, raw": "  in raw units",
-    "state-action novelty, raw, squared": "  its square in raw units",
+    "state-action novelty, standardised, squared": "state-action novelty, squared",
+    "state-action novelty, raw": "state-action novelty, raw",
+    "state-action novelty, raw, squared": "state-action novelty, raw, squared",
     "controllability": "controllability (F.6)",
     "terminal": "share of terminals",
-    "oracle terminal": "  that MuJoCo would say",
+    "oracle terminal": "share of terminals by MuJoCo",
     "unhealthy states": "share of unhealthy states",
-    "actions at a bound": "share of actions at a bound",
+    "actions at a bound": "share of actions at their bound",
 }
 
 
@@ -604,9 +694,7 @@ def show(number):
     """A number as the table shows it."""
     if number is None:
         return "-"
-    if isinstance(number, int):
-        return str(number)
-    return f"{number:.2e}" if 0 < abs(number) < 1e-3 else f"{number:.4f}"
+    return str(number) if isinstance(number, int) else f"{number:.4g}"
 
 
 def draw_figure(path, dataset, samples, answers):
@@ -618,9 +706,12 @@ def draw_figure(path, dataset, samples, answers):
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams["pdf.fonttype"] = 42  # TrueType, which publishers ask for
     names = [name for name in samples if name != "dataset"]
     size = (7.0, 2.6 * len(names))
-    figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(names), 2, figsize=size, sharex="col", squeeze=False, layout="constrained"
+    )
     for (left, right), name in zip(axes, names):
         sample, answer = samples[name], answers[name]
         whole = ~sample.terminal.any(axis=1)
@@ -631,7 +722,8 @@ def draw_figure(path, dataset, samples, answers):
         if answer:
             returns["oracle"] = answer.r.reshape(sample.r.shape).sum(axis=1)[whole]
         everything = np.concatenate(list(returns.values()))
-        bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), 60)
+        num_bins = int(np.clip(math.sqrt(len(returns["generated"])), 5, 60))
+        bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), num_bins + 1)
         for (label, values), colour in zip(returns.items(), ("0.6", "tab:blue", "tab:orange")):
             style = {"alpha": 0.5} if label == "dataset" else {"histtype": "step", "linewidth": 1.4}
             left.hist(values, bins, density=True, color=colour, label=label, **style)
@@ -645,8 +737,7 @@ def draw_figure(path, dataset, samples, answers):
         right.scatter(x[shown], y[shown], s=4, alpha=0.3, linewidths=0, rasterized=True)
         title = f"Pearson's r = {correlation(x, y):.2f}"
         right.set(xlabel="condition", ylabel="generated return", title=title)
-    suffix = path.suffix.removeprefix(".") or "png"
-    write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=200))
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
 
 
 def plain_number(number):
@@ -658,26 +749,29 @@ def plain_number(number):
 def measure_buffers(args):
     """Prints the table of --aug, writes --out and --plot."""
     device = pick_device(args.device)
-    _, metadata = read_buffer(args.aug[0])
-    dataset = load_dataset(args.env or metadata["env"])
+    for path in args.aug:
+        require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
+    dataset, loaded = None, []
+    for path in args.aug:
+        buffer, metadata = read_buffer(path)
+        dataset = dataset or load_dataset(args.env or metadata["env"])
+        require_fit(path, buffer, metadata, dataset)
+        sample = sample_buffer(buffer, args.num_transitions, np.random.default_rng(args.seed))
+        loaded.append((describe_buffer(metadata), sample, {"file": str(path), **metadata}))
     rng = np.random.default_rng(args.seed)
     samples, buffers = {"dataset": sample_dataset(dataset, args.num_transitions, rng)}, {}
-    for path in args.aug:
-        name, sample, metadata = load_sample(path, dataset, args.num_transitions, rng)
-        name = f"{name} {path}" if name in samples else name
-        samples[name], buffers[name] = sample, {"file": str(path), **metadata}
+    labels = [label for label, _, _ in loaded]
+    for label, sample, about in loaded:
+        name = label if labels.count(label) == 1 else f"{label} {about['file']}"
+        samples[name], buffers[name] = sample, about
 
-    own = sample_dataset(dataset, sys.maxsize, None)
-    obs_dim = own.s.shape[-1]
-    columns = np.concatenate([own.s, own.a], axis=-1)[:, 0].astype(np.float64)
-    mean, std = columns.mean(axis=0), columns.std(axis=0)
-    std = np.where(std > 1e-6, std, 1.0)  # a dimension that is constant keeps its units
-    env_spec = find_oracle(dataset, std[:obs_dim])
+    reference = make_reference(dataset)
+    env_spec = find_oracle(dataset, reference.std[: samples["dataset"].s.shape[-1]])
     answers, numbers = {}, {}
     for name, sample in samples.items():
         s, a = (x.reshape(-1, x.shape[-1]) for x in (sample.s, sample.a))
         answers[name] = ask_oracle(env_spec, s, a, args.workers, name) if env_spec else None
-        own_numbers = measure(dataset, sample, answers[name], mean, std, device, name)
+        own_numbers = measure(dataset, reference, sample, answers[name], device, name)
         numbers[name] = {key: plain_number(number) for key, number in own_numbers.items()}
 
     rows = [[dataset.name, *samples]]
@@ -710,50 +804,69 @@ def measure_buffers(args):
 # --- runs ---
 
 
-def read_run(folder):
-    """Returns row (algorithm, augmentation), environment, and the last scores by seed of a run.
+class Run(NamedTuple):
+    row: tuple  # algorithm, augmentation
+    environment: str
+    scores: dict  # seed -> score of the last evaluation
+    settings: dict  # what runs of one cell of the table should have in common
 
-    None, with a line, for a run that has not come to its end.
-    """
+
+def read_run(folder):
+    """Reads the folder of a run. None, with a line, for one that has not come to its end."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        lines = (folder / "evals.csv").read_text().splitlines()[1:]
-        evals = [line.split(",") for line in lines]
-        row = (config["script"], config["aug_label"])
-        last = max((int(step) for step, *_ in evals), default=-1)
-        scores = {int(seed): float(score) for step, seed, _, score in evals if int(step) == last}
-        name, train_steps = config["dataset"], config["train_steps"]
+        evals = folder / "evals.csv"
+        lines = evals.read_text().splitlines()[1:] if evals.exists() else []
+        last = max((int(line.split(",")[0]) for line in lines), default=0)
+        rows = [line.split(",") for line in lines]
+        scores = {int(seed): float(score) for step, seed, _, score in rows if int(step) == last}
+        steps, num_seeds = config["train_steps"], config["num_seeds"]
+        free = {"seed", "num_seeds", "env", "aug", "runs", "resume", "device", "compile", "track"}
+        free |= {"wandb_project", "wandb_entity", "reference_returns", "versions", "commit"}
+        settings = {key: value for key, value in config.items() if key not in free}
+        run = Run((config["script"], config["aug_label"]), config["dataset"], scores, settings)
     except Exception as error:
-        sys.exit(f"error: --runs {folder}: not a folder of a run ({first_line(error)})")
-    if last < train_steps:
-        print(f"left out: {folder} is at update {max(last, 0)} of {train_steps}")
+        sys.exit(f"error: --runs {folder}: not a folder of a run, as runs/* ({first_line(error)})")
+    if last < steps or len(scores) < num_seeds or steps == 0:
+        at = f"is at update {last} of {steps}" if steps else "was only evaluated"
+        print(f"left out: {folder} {at}")
         return None
-    return row, name, scores
+    return run
 
 
 def collect_runs(folders):
     """Returns the scores of runs as {(algorithm, augmentation): {environment: {seed: score}}}.
 
-    Of two runs of the same seed the later one counts, as their folders' names sort.
+    Of two runs of the same seed the later one counts, as their folders' names sort. Says so, and
+    also where runs that share a cell were not made alike.
     """
-    table = defaultdict(lambda: defaultdict(dict))
+    table, settings = defaultdict(lambda: defaultdict(dict)), {}
     by_time = sorted(folders, key=lambda folder: folder.name.split("-")[-3:])
-    for result in filter(None, map(read_run, by_time)):
-        row, name, scores = result
-        table[row][name] |= scores
+    for folder in by_time:
+        run = read_run(folder)
+        if run is None:
+            continue
+        cell, where = table[run.row][run.environment], f"{' + '.join(run.row)}, {run.environment}"
+        if again := sorted(cell.keys() & run.scores.keys()):
+            print(f"{where}: seed {', '.join(map(str, again))} counts as in the later {folder}")
+        old = settings.setdefault((run.row, run.environment), run.settings)
+        differ = [key for key in old | run.settings if old.get(key) != run.settings.get(key)]
+        if differ:
+            print(f"{where}: runs differ in {', '.join(differ)}; {folder}")
+        cell |= run.scores
     return table
 
 
 def average_scores(scores, environments):
     """Each seed's mean over the environments, whose deviation is the average's (F.2). [seeds]
 
-    scores is {environment: {seed: score}}. Empty unless all environments are there.
+    scores is {environment: {seed: score}}. Empty unless every environment has the same seeds.
     """
-    if not all(name in scores for name in environments):
+    seeds = [set(scores.get(name, ())) for name in environments]
+    if any(own != seeds[0] for own in seeds):
         return np.array([])
-    seeds = set.intersection(*(set(scores[name]) for name in environments))
     return np.array(
-        [np.mean([scores[name][seed] for name in environments]) for seed in sorted(seeds)]
+        [np.mean([scores[name][seed] for name in environments]) for seed in sorted(seeds[0])]
     )
 
 
@@ -773,7 +886,7 @@ def tabulate_runs(args):
     require(table, "--runs: no run among them has come to its end")
     environments = sorted({name for scores in table.values() for name in scores})
     columns = {}  # (algorithm, augmentation) -> a list of scores [seeds] for every column
-    for row in sorted(table):
+    for row in sorted(table, key=lambda row: (row[0], row[1] != "none", row[1])):
         own = [np.array(list(table[row][name].values())) for name in environments]
         columns[row] = own + [average_scores(table[row], environments)] * (len(environments) > 1)
     heads = [*environments, *["average"] * (len(environments) > 1)]
@@ -781,7 +894,8 @@ def tabulate_runs(args):
     for (algorithm, aug), scores in columns.items():
         cells = [f"{x.mean():.1f} +- {x.std():.1f} ({len(x)})" if len(x) else "-" for x in scores]
         rows.append([algorithm + ("" if aug == "none" else f" + {aug}"), *cells])
-    print("mean +- deviation (number of seeds) of the last evaluation's scores")
+    print("mean +- deviation (number of seeds) of the last evaluation's scores", end="")
+    print("; an average needs the same seeds everywhere" if len(environments) > 1 else "")
     print(render(rows, args.table))
     tests = [["Welch's t-test", "", "difference", "t", "df", "p"]]
     for (row_a, a), (row_b, b) in combinations(columns.items(), 2):
@@ -791,17 +905,32 @@ def tabulate_runs(args):
                 t, df, p = welch_test(*moments)
                 pair = f"{row_a[0]}: {row_b[1]} against {row_a[1]}"
                 cells = [f"{y.mean() - x.mean():.1f}", f"{t:.2f}", f"{df:.1f}", f"{p:.4f}"]
-                tests.append([pair, head, *cells])
+                tests.append([pair, head, *["-" if cell == "nan" else cell for cell in cells]])
     if len(tests) > 1:
         print("\n" + render(tests, args.table))
+    else:
+        print("no t-test: it takes two augmentations of a learner with two seeds each")
 
 
+@explain_out_of_memory("--num-transitions")
 def main(args):
     require(bool(args.aug) != bool(args.runs), "give either --aug buffer.npz or --runs runs/*")
     require_positive(args, "num_transitions", "workers")
-    for path in (args.out, args.plot or args.out):
-        require(path.parent.is_dir(), f"{path}: no folder {path.parent}")
-    (measure_buffers if args.aug else tabulate_runs)(args)
+    require_between(args, 0, 2**32, "seed")
+    if args.runs:
+        require(args.plot is None and args.env is None, "--runs goes with neither --plot nor --env")
+        return tabulate_runs(args)
+    for flag, path in {"--out": args.out, "--plot": args.plot or args.out}.items():
+        require(path.parent.is_dir(), f"{flag} {path}: no folder {path.parent}")
+        require(os.access(path.parent, os.W_OK), f"{flag} {path}: cannot be written there")
+        require(not path.is_dir(), f"{flag} {path}: is a folder")
+    if args.plot:
+        known = args.plot.suffix in (".png", ".pdf", ".svg")
+        require(known, f"--plot {args.plot}: must end in .png, .pdf or .svg")
+    try:
+        measure_buffers(args)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {args.out} was not written")
 
 
 if __name__ == "__main__":

@@ -287,6 +287,7 @@ def test_checkpoint_has_the_documented_keys(pipeline):
     assert set(checkpoint) == {
         "format", "format_version", "args", "env", "dataset_ids", "env_id", "obs_dim", "act_dim",
         "horizon", "normalizer", "model", "ema", "optimizer", "scheduler", "step", "rng",
+        "data_sha256", "versions", "commit",
     }  # fmt: skip
     assert (checkpoint["obs_dim"], checkpoint["act_dim"], checkpoint["horizon"]) == (11, 3, 7)
     assert checkpoint["step"] == 6 and checkpoint["args"]["dim"] == 8
@@ -342,6 +343,7 @@ def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
     assert not torch.equal(checkpoint["ema"][key], checkpoint["model"][key])
 
     args.success_weight, args.reweight_bins, args.reweight_q = 1.0, 20, 4.0
+    args.overwrite = True
     B.main(args)
     np.testing.assert_allclose(
         seen["probabilities"], B.reweighted_probabilities(0.01 * windows.y, 20, 0.001, 4.0)

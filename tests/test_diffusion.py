@@ -1,6 +1,7 @@
 """Stage A: windows, network, EDM training, checkpoints."""
 
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -200,17 +201,17 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_the_same(tmp_path, 
         (tmp_path / name).mkdir()
     A.main(make_args(tmp_path / "whole"))
 
-    class StopAtStep7(A.tqdm):
+    class SignalAtStep7(A.tqdm):
         def __iter__(self):
             for step in super().__iter__():
-                if step == 7:
-                    raise KeyboardInterrupt
+                if step + 1 == 7:
+                    signal.raise_signal(signal.SIGTERM)
                 yield step
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
-        patch.setattr(A, "tqdm", StopAtStep7)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted at step 7"):
+        patch.setattr(A, "tqdm", SignalAtStep7)
         A.main(make_args(tmp_path / "stopped"))
-    assert A.load_checkpoint(tmp_path / "stopped" / "diffusion.pt")["step"] == 5
+    assert A.load_checkpoint(tmp_path / "stopped" / "diffusion.pt")["step"] == 7
     A.main(make_args(tmp_path / "stopped", resume=True))
 
     whole, stopped = (
@@ -232,6 +233,6 @@ def test_a_run_that_was_stopped_and_resumed_ends_bit_for_bit_the_same(tmp_path, 
 def test_resume_with_other_settings_is_an_error(tmp_path):
     A.main(make_args(tmp_path))
     before = (tmp_path / "diffusion.pt").read_bytes()
-    with pytest.raises(SystemExit, match="trained with lr = 0.0003, not 0.1"):
+    with pytest.raises(SystemExit, match="trained with --lr 0.0003, not 0.1"):
         A.main(make_args(tmp_path, resume=True, lr=0.1))
     assert (tmp_path / "diffusion.pt").read_bytes() == before

@@ -1,6 +1,7 @@
 """What holds for all five learners: seeds, resuming, rewards, other datasets, learning."""
 
 import copy
+import itertools
 import math
 import os
 import re
@@ -106,9 +107,21 @@ def kill_after(monkeypatch, module, last_step):
     def save_and_die(run, step, *rest):
         save(run, step, *rest)
         if step == last_step:
-            raise KeyboardInterrupt
+            raise SystemExit("killed")
 
     monkeypatch.setattr(module, "save_policy", save_and_die)
+
+
+def signal_during(monkeypatch, module, number, step):
+    """Makes main's next run get a signal while it takes update number step."""
+    update, count = module.update, itertools.count(1)
+
+    def update_and_signal(*inputs):
+        if next(count) == step:
+            signal.raise_signal(number)
+        return update(*inputs)
+
+    monkeypatch.setattr(module, "update", update_and_signal)
 
 
 def assert_same(a, b):
@@ -133,7 +146,7 @@ def test_a_killed_run_continues_to_the_same_bits(module, tmp_path, monkeypatch, 
     whole = train(module, tmp_path)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(SystemExit, match="interrupted; --resume .* evaluation at 4"),
+        pytest.raises(SystemExit, match="killed"),
     ):
         kill_after(patch, module, 4)
         train(module, tmp_path)
@@ -157,6 +170,28 @@ def test_a_killed_run_continues_to_the_same_bits(module, tmp_path, monkeypatch, 
     again = capsys.readouterr().out.splitlines()
     assert again[-1] == output.splitlines()[-1]
     assert_same(second | {"args": 0}, torch.load(killed / "policy.pt") | {"args": 0})
+
+
+@every_learner
+def test_a_signal_saves_and_the_run_continues_to_the_same_bits(module, tmp_path, monkeypatch):
+    """SIGTERM before the first evaluation, then Ctrl-C between two: nothing is lost."""
+    whole = train(module, tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signal_during(patch, module, signal.SIGTERM, 1)
+        with pytest.raises(SystemExit, match="interrupted at update 1; --resume .* continues"):
+            train(module, tmp_path)
+    (stopped,) = set((tmp_path / "runs").iterdir()) - {whole}
+    with monkeypatch.context() as patch:
+        signal_during(patch, module, signal.SIGINT, 4)
+        with pytest.raises(SystemExit, match="interrupted at update 5"):
+            module.main(module.Args(resume=stopped))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    module.main(module.Args(resume=stopped))
+    first, second = (torch.load(p / "policy.pt", weights_only=True) for p in (whole, stopped))
+    for key in ("weights", "optimizers", "rng", "evals", "update"):
+        assert_same(first[key], second[key])
+    assert (whole / "evals.csv").read_text() == (stopped / "evals.csv").read_text()
 
 
 def test_kill_minus_nine_and_resume(tmp_path):
@@ -252,7 +287,7 @@ def test_a_loaded_run_can_be_resumed_on_other_data(pipeline, tmp_path, monkeypat
     first = train(module, tmp_path)
     flags = {"load": first / "policy.pt", "aug": pipeline[0] / "buffer.npz"}
     before = set((tmp_path / "runs").iterdir())
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
         kill_after(patch, module, 4)
         train(module, tmp_path, **flags)
     (killed,) = set((tmp_path / "runs").iterdir()) - before
@@ -297,7 +332,7 @@ def test_a_bad_policy_is_one_line(damage, message, flag, tmp_path):
         ("iql", {"expectile": -0.1}, "--expectile -0.1: must be between 0 and 1"),
         ("iql", {"beta": 0.0}, "--beta 0.0: must be positive"),
         ("td3bc", {"tau": 2.0}, "--tau 2.0: must be between 0 and 1"),
-        ("td3bc", {"s4rl_sigma": -1.0}, "--s4rl-sigma -1.0: must not be negative"),
+        ("td3bc", {"s4rl_sigma": -1.0}, "--s4rl-sigma -1.0: must be between 0 and"),
         ("cql", {"actor_lr": -1.0}, "--actor-lr -1.0: must be positive"),
         ("cql", {"critic_layers": 0}, "--critic-layers 0: must be positive"),
         ("mcq", {"lmbda": 1.1}, "--lmbda 1.1: must be between 0 and 1"),
@@ -503,7 +538,7 @@ def test_main_follows_the_schedules(module, tmp_path, monkeypatch):
     train(module, tmp_path)
     assert seen == pytest.approx(expected)
     seen.clear()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
         kill_after(patch, module, 4)
         train(module, tmp_path, runs=tmp_path / "killed")
     (killed,) = (tmp_path / "killed").iterdir()

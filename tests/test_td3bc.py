@@ -204,7 +204,7 @@ def test_policy_loads_without_pickle_and_scores_the_same(pipeline):
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "not a whole buffer"),
         (lambda path: path.write_bytes(b"no npz"), "not a whole buffer"),
         (lambda path: path.unlink(), "no such file"),
-        (lambda path: np.savez(path, metadata="{}"), "not a whole buffer"),
+        (lambda path: np.savez(path, metadata="{}"), "lacks metadata in JSON"),
         (lambda path: np.savez(path, x=np.array([{}], object)), "not a whole buffer"),
         (lambda path: edit(path, format="other"), "a other file, not a buffer"),
         (lambda path: edit(path, arrays={"rewards": np.zeros((40, 6))}), "do not fit together"),
