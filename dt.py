@@ -39,6 +39,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -224,6 +226,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
+    for other in path.parent.iterdir():
+        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
+        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+            other.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -232,7 +238,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
-        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
+        cause = error if isinstance(error, OSError) else error.__context__
+        sys.exit(f"error: {path}: cannot be written ({cause or 'is the disk full?'})")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -858,14 +865,15 @@ def read_env_spec(dataset, which):
 
     which is "env_spec" for the one that was recorded, "eval_env_spec" for that of evaluations. Such
     a spec in a file also names code to run, which is left alone: the code is what Gymnasium or
-    gymnasium-robotics has registered for the id.
+    gymnasium-robotics has registered for the id. Raises ValueError where that is not enough.
     """
     metadata = dataset.source.storage.metadata
     spec = json.loads(metadata.get(which) or metadata["env_spec"])
     env_id = spec["id"]
-    require(re.fullmatch(r"[\w/-]+", env_id), f"{env_id}: not the id of an environment")
-    wrappers = [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]
-    require(not wrappers, f"{env_id} is wrapped in {', '.join(wrappers)}, which is not supported")
+    if not re.fullmatch(r"[\w/-]+", env_id):
+        raise ValueError(f"{env_id} is not the id of an environment")
+    if wrappers := [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]:
+        raise ValueError(f"wrappers are not supported: {', '.join(wrappers)}")
     env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
     steps = spec.get("max_episode_steps")
     return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
@@ -932,6 +940,9 @@ def load_policy(path, flag):
     script = Path(__file__).stem
     require(path.is_file(), f"{flag} {path}: no such file; the first evaluation of a run writes it")
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # compares checksums, which torch.load does not
+        require(not damaged, f"{flag} {path}: not a whole policy.pt, {damaged} in it is damaged")
         policy = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = policy["format"], policy["format_version"]
     except Exception as error:

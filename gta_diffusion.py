@@ -35,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -166,6 +167,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
+    for other in path.parent.iterdir():
+        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
+        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+            other.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -174,9 +179,22 @@ def write_atomically(path, write):
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
-        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
+        cause = error if isinstance(error, OSError) else error.__context__
+        sys.exit(f"error: {path}: cannot be written ({cause or 'is the disk full?'})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(flag, path):
+    """Ends the program with one line unless a file can be written under the name path."""
+    require(path.parent.is_dir(), f"{flag} {path}: no folder {path.parent}")
+    require(not path.is_dir(), f"{flag} {path}: is a folder")
+    probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        sys.exit(f"error: {flag} {path}: cannot be written there ({error.strerror})")
 
 
 @contextmanager
@@ -653,6 +671,9 @@ def load_checkpoint(path):
     """Reads diffusion.pt as plain tensors and values; nothing in it is executed."""
     require(path.is_file(), f"{path}: no such file; run gta_diffusion.py first")
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # compares checksums, which torch.load does not
+        require(not damaged, f"{path}: not a whole checkpoint, {damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = checkpoint["format"], checkpoint["format_version"]
     except Exception as error:
@@ -715,10 +736,8 @@ def main(args):
     require_between(args, 0, 1e6, "terminal_penalty")
     require_between(args, -20, 20, "p_mean")
     require_between(args, 0, 2**32, "seed")
-    require(args.out.parent.is_dir(), f"--out {args.out}: no folder {args.out.parent}")
-    require(not args.out.is_dir(), f"--out {args.out}: is a folder")
+    require_writable("--out", args.out)
     require(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun: several processes do not work yet")
-    require(os.access(args.out.parent, os.W_OK), f"--out {args.out}: cannot be written there")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
 

@@ -33,6 +33,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -144,6 +145,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
+    for other in path.parent.iterdir():
+        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
+        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+            other.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -152,9 +157,22 @@ def write_atomically(path, write):
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
-        sys.exit(f"error: {path}: cannot be written ({first_line(error.__context__ or error)})")
+        cause = error if isinstance(error, OSError) else error.__context__
+        sys.exit(f"error: {path}: cannot be written ({cause or 'is the disk full?'})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(flag, path):
+    """Ends the program with one line unless a file can be written under the name path."""
+    require(path.parent.is_dir(), f"{flag} {path}: no folder {path.parent}")
+    require(not path.is_dir(), f"{flag} {path}: is a folder")
+    probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        sys.exit(f"error: {flag} {path}: cannot be written there ({error.strerror})")
 
 
 @contextmanager
@@ -376,6 +394,7 @@ class Sample(NamedTuple):
     r: np.ndarray  # [N, H]
     s_next: np.ndarray  # [N, H, obs_dim]
     terminal: np.ndarray  # [N, H] bool
+    penalised: np.ndarray  # [N, H] bool: the reward holds stage A's penalty and says nothing
     condition: np.ndarray | None  # [N] the return that was asked for
 
 
@@ -392,38 +411,37 @@ def sample_dataset(dataset, num_transitions, rng):
     index = np.arange(len(columns[0]))
     if num_transitions < len(index):
         index = np.sort(rng.choice(index, num_transitions, replace=False))
-    return Sample(*(column[index][:, None] for column in columns), None)
+    columns = [column[index][:, None] for column in columns]
+    return Sample(*columns, penalised=np.zeros((len(index), 1), bool), condition=None)
 
 
-def sample_buffer(buffer, num_transitions, rng):
+def sample_buffer(buffer, metadata, num_transitions, rng):
     """Draws whole subtrajectories of a buffer without replacement."""
     actions, condition = buffer["actions"], buffer.get("condition")
     index = np.arange(len(actions))
     num_windows = math.ceil(num_transitions / actions.shape[1])
     if num_windows < len(index):
         index = np.sort(rng.choice(index, num_windows, replace=False))
-    observations = buffer["observations"][index]
+    observations, terminal = buffer["observations"][index], buffer["terminals"][index]
+    penalty = metadata["method"] == "gta" and not metadata.get("restore_terminal_reward")
+    penalty &= "maze" not in metadata.get("env_id", "").lower()  # A.1
     return Sample(
-        observations[:, :-1],
-        actions[index],
-        buffer["rewards"][index],
-        observations[:, 1:],
-        buffer["terminals"][index],
-        None if condition is None else condition[index],
+        s=observations[:, :-1],
+        a=actions[index],
+        r=buffer["rewards"][index],
+        s_next=observations[:, 1:],
+        terminal=terminal,
+        penalised=terminal & penalty,
+        condition=None if condition is None else condition[index],
     )
 
 
 def dataset_returns(dataset, horizon):
-    """The reward sums of the dataset's windows of that many transitions, as in a Sample those that
-    hold a terminal left out. [W]"""
+    """The reward sums of all windows of horizon transitions in the dataset. [W]"""
     sums = []
     for e in dataset.episodes:
-        rewards, terminals = (
-            np.concatenate([[0.0], np.cumsum(x, dtype=np.float64)])
-            for x in (e.rewards, e.terminals)
-        )
-        alive = terminals[horizon:] == terminals[:-horizon]
-        sums.append((rewards[horizon:] - rewards[:-horizon])[alive])
+        total = np.concatenate([[0.0], np.cumsum(e.rewards, dtype=np.float64)])
+        sums.append(total[horizon:] - total[:-horizon])
     return np.concatenate(sums)
 
 
@@ -454,7 +472,7 @@ class Answers(NamedTuple):
     s_next: np.ndarray  # [M, obs_dim]
     r: np.ndarray  # [M]
     terminal: np.ndarray  # [M] bool: the environment would have terminated
-    unhealthy: np.ndarray  # [M] bool: so it calls s
+    unhealthy: np.ndarray  # [M] 1 where it calls s so, NaN if it does not judge
 
 
 def read_env_spec(dataset, which):
@@ -462,14 +480,15 @@ def read_env_spec(dataset, which):
 
     which is "env_spec" for the one that was recorded, "eval_env_spec" for that of evaluations. Such
     a spec in a file also names code to run, which is left alone: the code is what Gymnasium or
-    gymnasium-robotics has registered for the id.
+    gymnasium-robotics has registered for the id. Raises ValueError where that is not enough.
     """
     metadata = dataset.source.storage.metadata
     spec = json.loads(metadata.get(which) or metadata["env_spec"])
     env_id = spec["id"]
-    require(re.fullmatch(r"[\w/-]+", env_id), f"{env_id}: not the id of an environment")
-    wrappers = [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]
-    require(not wrappers, f"{env_id} is wrapped in {', '.join(wrappers)}, which is not supported")
+    if not re.fullmatch(r"[\w/-]+", env_id):
+        raise ValueError(f"{env_id} is not the id of an environment")
+    if wrappers := [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]:
+        raise ValueError(f"wrappers are not supported: {', '.join(wrappers)}")
     env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
     steps = spec.get("max_episode_steps")
     return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
@@ -483,7 +502,7 @@ def oracle_env(env_spec):
 
 def set_state(env, observation):
     """Puts MuJoCo into the state of a flattened observation. What it does not hold, the position in
-    the world, is set to 0. Raises AttributeError for an environment that it knows no way for."""
+    the world, is set to 0. Raises ValueError for an environment that it knows no way for."""
     if hasattr(env, "point_env"):  # PointMaze: achieved goal, desired goal, position, velocity
         env.goal = observation[2:4]
         env.point_env.set_state(observation[4:6], observation[6:8])
@@ -493,10 +512,12 @@ def set_state(env, observation):
         angles = np.arctan2(observation[1:3], observation[3:5])
         env.set_state(np.concatenate([observation[:1], angles]), observation[5 : 5 + nv])
         return
-    structure = getattr(env, "observation_structure", None)
-    if structure is None:
-        raise AttributeError("how its observations make a state is not known")
-    hidden = structure.get("skipped_qpos", 0)
+    if hasattr(env, "observation_structure"):
+        hidden = env.observation_structure.get("skipped_qpos", 0)
+    else:  # version 4
+        hidden = nq + nv - len(observation)
+    if not 0 <= hidden <= 2:
+        raise ValueError("how its observations make a state is not known")
     qpos = np.concatenate([np.zeros(hidden), observation[: nq - hidden]])
     env.set_state(qpos, observation[nq - hidden : nq - hidden + nv])
 
@@ -508,10 +529,10 @@ def ask_chunk(env_spec, chunk):
     answers = []
     for s, a in zip(*chunk):
         set_state(env, s.astype(np.float64))
-        healthy = getattr(env, "is_healthy", True)
+        unhealthy = not env.is_healthy if hasattr(env, "is_healthy") else np.nan
         observation, reward, terminated, _, _ = env.step(a)
         flat = gym.spaces.utils.flatten(env.observation_space, observation)
-        answers.append((flat, reward, terminated, not healthy))
+        answers.append((flat, reward, terminated, unhealthy))
     return Answers(*(np.array(column) for column in zip(*answers)))
 
 
@@ -540,31 +561,29 @@ def ask_oracle(env_spec, s, a, workers, label):
 
 
 def find_oracle(dataset, std):
-    """Returns the environment's EnvSpec in JSON if setting the state reproduces what was recorded.
+    """Returns the environment's arguments in JSON if MuJoCo reproduces what was recorded.
 
-    Prints the share of at most 500 recorded transitions that it reproduces. It is below 1 where
-    velocities were clipped when they were observed (for random actions in Walker2d, three quarters
-    of them). Below a twentieth there is no oracle: None.
+    Prints the shares of at most 500 recorded transitions whose next state and whose reward it
+    reproduces. They are below 1 where velocities were clipped when they were observed (for random
+    actions in Walker2d, three quarters of them). Below a twentieth there is no oracle: None.
     """
-    env_spec = json.dumps(read_env_spec(dataset, "env_spec"))
     recorded = sample_dataset(dataset, 500, np.random.default_rng(0))
     try:
+        env_spec = json.dumps(read_env_spec(dataset, "env_spec"))
         answers = ask_chunk(env_spec, (recorded.s[:, 0], recorded.a[:, 0]))
-    except (AttributeError, ModuleNotFoundError, gym.error.Error) as error:
+        same_state = dynamic_error(recorded.s_next[:, 0], answers.s_next, std) < 1e-6
+    except Exception as error:  # whatever an unknown environment does
         print(f"oracle: none for {dataset.env_id} ({first_line(error)})")
         return None
-    same = dynamic_error(recorded.s_next[:, 0], answers.s_next, std) < 1e-6
-    same &= np.abs(recorded.r[:, 0] - answers.r) < 1e-3
-    if same.mean() < 0.05:
-        print(
-            f"oracle: none for {dataset.env_id}, whose observations do not determine the state "
-            f"(MuJoCo reproduces {same.mean():.1%} of the recorded transitions)"
-        )
-        return None
-    print(
-        f"oracle: MuJoCo reproduces {same.mean():.1%} of the recorded transitions (the others hold "
-        "what an observation does not, such as a velocity that was clipped)"
+    same_reward = np.abs(recorded.r[:, 0] - answers.r) < 1e-3
+    shares = (
+        f"MuJoCo reproduces {same_state.mean():.1%} of the recorded next states, "
+        f"{same_reward.mean():.1%} of the rewards"
     )
+    if same_state.mean() < 0.05:
+        print(f"oracle: none for {dataset.env_id}: {shares}")
+        return None
+    print(f"oracle: {shares}")
     return env_spec
 
 
@@ -576,28 +595,42 @@ def dynamic_error(s_next, s_true, std):
     return (((s_next - s_true) / std) ** 2).mean(axis=-1)
 
 
-def nearest_distance(data, queries, device, bar):
-    """Euclidean distance from every query to the nearest row of data: exact. [M, d] -> [M]"""
-    size = 10_000 if device.type == "cpu" else max(1, 200_000_000 // len(data))
+def nearest_by_product(data, queries, rank):
+    """Distance from every query to its rank-th nearest row of data. [N, d], [B, d] -> [B]
+
+    ||d||^2 / 2 - q . d, one matrix product in float32, finds the nearest rows but is no distance (a
+    copy's would not be 0). So some more candidates than needed are measured again in float64.
+    """
+    half_squares = (data**2).sum(dim=1).float() / 2
+    score = torch.addmm(half_squares, queries.float(), data.float().T, alpha=-1)
+    candidates = data[score.topk(min(rank + 3, len(data)), largest=False).indices]  # [B, 4, d]
+    return (candidates - queries[:, None]).norm(dim=-1).sort(dim=1).values[:, rank - 1]
+
+
+def nearest_distance(data, queries, rank, device, bar):
+    """Euclidean distance from every query to its rank-th nearest row of data. [M, d] -> [M]"""
     if device.type == "cpu":
-        find = partial(cKDTree(data).query, workers=-1)
+        size, tree = 10_000, cKDTree(data)
     else:
-        data, queries = (torch.from_numpy(x).float().to(device) for x in (data, queries))
+        size, centre = max(1, 200_000_000 // len(data)), data.mean(axis=0)  # for the product
+        data, queries = (torch.from_numpy(x - centre).to(device) for x in (data, queries))
     distances = []
     for i in range(0, len(queries), size):
         chunk = queries[i : i + size]
         if device.type == "cpu":
-            distances.append(find(chunk)[0])
-        else:  # not by a matrix product, in which the distance to a copy is not 0
-            distance = torch.cdist(chunk, data, compute_mode="donot_use_mm_for_euclid_dist")
-            distances.append(distance.amin(dim=1).cpu().double().numpy())
+            distances.append(tree.query(chunk, k=[rank], workers=-1)[0][:, 0])
+        else:
+            distances.append(nearest_by_product(data, chunk, rank).cpu().numpy())
         bar.update(len(chunk))
     return np.concatenate(distances)
 
 
-def novelty(reference, sample, device, label):
+def novelty(reference, sample, rank, device, label):
     """Mean distance to the nearest transition of the dataset (eq. 12, 15), plain and squared, of
-    states, actions and both, in the environment's units and standardised. Returns them by name."""
+    states, actions and both, in the environment's units and standardised. Returns them by name.
+
+    rank 2 is for the dataset itself: the distance to its nearest other transition.
+    """
     obs_dim, numbers = sample.s.shape[-1], {}
     data, mean, std = reference
     queries = np.concatenate([sample.s, sample.a], axis=-1).reshape(-1, len(mean))
@@ -607,7 +640,7 @@ def novelty(reference, sample, device, label):
             if units == "standardised":
                 data, queries = (data - mean) / std, (queries - mean) / std
             for part, columns in parts.items():
-                distance = nearest_distance(data[columns], queries[columns], device, bar)
+                distance = nearest_distance(data[columns], queries[columns], rank, device, bar)
                 numbers[f"{part} novelty, {units}"] = distance.mean()
                 numbers[f"{part} novelty, {units}, squared"] = (distance**2).mean()
     return numbers
@@ -620,15 +653,15 @@ def correlation(x, y):
 
 
 def measure(dataset, reference, sample, answers, device, label):
-    """All numbers of a sample by name. Rewards of terminal transitions, which hold a penalty, and
-    subtrajectories that end in one are left out of the rewards and of the controllability."""
-    alive = ~sample.terminal
-    whole = alive.all(axis=1)
+    """All numbers of a sample by name. Rewards that hold a penalty, and subtrajectories with one,
+    are left out of the rewards and of the controllability."""
+    counted = ~sample.penalised
+    whole = counted.all(axis=1)
     space = dataset.source.action_space
     at_bound = (sample.a <= space.low) | (sample.a >= space.high)
     numbers = {
         "transitions": sample.r.size,
-        "reward": sample.r[alive].mean(dtype=np.float64),
+        "reward": sample.r[counted].mean(dtype=np.float64),
         "terminal": sample.terminal.mean(),
         "actions at a bound": at_bound.mean(),
     }
@@ -636,8 +669,8 @@ def measure(dataset, reference, sample, answers, device, label):
         s_next = sample.s_next.reshape(answers.s_next.shape)
         error = dynamic_error(s_next, answers.s_next, reference.std[: s_next.shape[1]])
         numbers |= {
-            "oracle reward": answers.r.reshape(alive.shape)[alive].mean(),
-            "oracle reward, terminal ones too": answers.r.mean(),
+            "oracle reward": answers.r.mean(),
+            "oracle reward, not penalised": answers.r.reshape(counted.shape)[counted].mean(),
             "dynamic MSE": error.mean(),
             "dynamic MSE, median": np.median(error),
             "oracle terminal": answers.terminal.mean(),
@@ -646,7 +679,8 @@ def measure(dataset, reference, sample, answers, device, label):
     if sample.condition is not None and whole.sum() > 1:
         returns = sample.r.sum(axis=1, dtype=np.float64)
         numbers["controllability"] = correlation(sample.condition[whole], returns[whole])
-    return numbers | novelty(reference, sample, device, label)
+    rank = 2 if label == "dataset" else 1
+    return numbers | novelty(reference, sample, rank, device, label)
 
 
 # --- output ---
@@ -654,7 +688,8 @@ def measure(dataset, reference, sample, answers, device, label):
 SCREEN = {  # number -> what the table on the screen says
     "transitions": "transitions",
     "reward": "reward, as generated",
-    "oracle reward": "oracle reward (D.3)",
+    "oracle reward, not penalised": "oracle reward of the same",
+    "oracle reward": "oracle reward of all (D.3)",
     "dynamic MSE": "dynamic MSE (eq. 14)",
     "dynamic MSE, median": "dynamic MSE, median",
     "state novelty, standardised": "state novelty (eq. 15)",
@@ -709,12 +744,10 @@ def draw_figure(path, dataset, samples, answers):
     plt.rcParams["pdf.fonttype"] = 42  # TrueType, which publishers ask for
     names = [name for name in samples if name != "dataset"]
     size = (7.0, 2.6 * len(names))
-    figure, axes = plt.subplots(
-        len(names), 2, figsize=size, sharex="col", squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
     for (left, right), name in zip(axes, names):
         sample, answer = samples[name], answers[name]
-        whole = ~sample.terminal.any(axis=1)
+        whole = ~sample.penalised.any(axis=1)
         returns = {
             "dataset": dataset_returns(dataset, sample.r.shape[1]),
             "generated": sample.r.sum(axis=1)[whole],
@@ -738,6 +771,7 @@ def draw_figure(path, dataset, samples, answers):
         title = f"Pearson's r = {correlation(x, y):.2f}"
         right.set(xlabel="condition", ylabel="generated return", title=title)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=200))
+    return figure
 
 
 def plain_number(number):
@@ -749,6 +783,7 @@ def plain_number(number):
 def measure_buffers(args):
     """Prints the table of --aug, writes --out and --plot."""
     device = pick_device(args.device)
+    require(len(set(args.aug)) == len(args.aug), "--aug: names a buffer twice")
     for path in args.aug:
         require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
     dataset, loaded = None, []
@@ -756,7 +791,8 @@ def measure_buffers(args):
         buffer, metadata = read_buffer(path)
         dataset = dataset or load_dataset(args.env or metadata["env"])
         require_fit(path, buffer, metadata, dataset)
-        sample = sample_buffer(buffer, args.num_transitions, np.random.default_rng(args.seed))
+        rng = np.random.default_rng(args.seed)
+        sample = sample_buffer(buffer, metadata, args.num_transitions, rng)
         loaded.append((describe_buffer(metadata), sample, {"file": str(path), **metadata}))
     rng = np.random.default_rng(args.seed)
     samples, buffers = {"dataset": sample_dataset(dataset, args.num_transitions, rng)}, {}
@@ -829,7 +865,7 @@ def read_run(folder):
         sys.exit(f"error: --runs {folder}: not a folder of a run, as runs/* ({first_line(error)})")
     if last < steps or len(scores) < num_seeds or steps == 0:
         at = f"is at update {last} of {steps}" if steps else "was only evaluated"
-        print(f"left out: {folder} {at}")
+        print(f"left out: {folder} {at}", file=sys.stderr)
         return None
     return run
 
@@ -848,11 +884,14 @@ def collect_runs(folders):
             continue
         cell, where = table[run.row][run.environment], f"{' + '.join(run.row)}, {run.environment}"
         if again := sorted(cell.keys() & run.scores.keys()):
-            print(f"{where}: seed {', '.join(map(str, again))} counts as in the later {folder}")
+            print(
+                f"{where}: seed {', '.join(map(str, again))} counts as in the later {folder}",
+                file=sys.stderr,
+            )
         old = settings.setdefault((run.row, run.environment), run.settings)
         differ = [key for key in old | run.settings if old.get(key) != run.settings.get(key)]
         if differ:
-            print(f"{where}: runs differ in {', '.join(differ)}; {folder}")
+            print(f"{where}: runs differ in {', '.join(differ)}; {folder}", file=sys.stderr)
         cell |= run.scores
     return table
 
@@ -894,8 +933,9 @@ def tabulate_runs(args):
     for (algorithm, aug), scores in columns.items():
         cells = [f"{x.mean():.1f} +- {x.std():.1f} ({len(x)})" if len(x) else "-" for x in scores]
         rows.append([algorithm + ("" if aug == "none" else f" + {aug}"), *cells])
-    print("mean +- deviation (number of seeds) of the last evaluation's scores", end="")
-    print("; an average needs the same seeds everywhere" if len(environments) > 1 else "")
+    note = "mean +- deviation (number of seeds) of the last evaluation's scores"
+    note += "; an average needs the same seeds everywhere" if len(environments) > 1 else ""
+    print(note, file=sys.stderr)
     print(render(rows, args.table))
     tests = [["Welch's t-test", "", "difference", "t", "df", "p"]]
     for (row_a, a), (row_b, b) in combinations(columns.items(), 2):
@@ -909,7 +949,8 @@ def tabulate_runs(args):
     if len(tests) > 1:
         print("\n" + render(tests, args.table))
     else:
-        print("no t-test: it takes two augmentations of a learner with two seeds each")
+        note = "no t-test: it takes two augmentations of a learner with two seeds each"
+        print(note, file=sys.stderr)
 
 
 @explain_out_of_memory("--num-transitions")
@@ -920,11 +961,9 @@ def main(args):
     if args.runs:
         require(args.plot is None and args.env is None, "--runs goes with neither --plot nor --env")
         return tabulate_runs(args)
-    for flag, path in {"--out": args.out, "--plot": args.plot or args.out}.items():
-        require(path.parent.is_dir(), f"{flag} {path}: no folder {path.parent}")
-        require(os.access(path.parent, os.W_OK), f"{flag} {path}: cannot be written there")
-        require(not path.is_dir(), f"{flag} {path}: is a folder")
+    require_writable("--out", args.out)
     if args.plot:
+        require_writable("--plot", args.plot)
         known = args.plot.suffix in (".png", ".pdf", ".svg")
         require(known, f"--plot {args.plot}: must end in .png, .pdf or .svg")
     try:

@@ -4,14 +4,16 @@ import csv
 import json
 import math
 import re
+import shutil
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, SAMPLE, run
 from scipy import stats
 from test_learners import record
+from test_scripts import edit_json
 from tqdm import tqdm
 
 import metrics as M
@@ -27,10 +29,10 @@ def own(dataset):
 
 
 def to_buffer(sample, first, N=20, H=5):
-    """Recorded transitions as N subtrajectories of H."""
+    """Recorded transitions as N subtrajectories of H whose terminals hold a penalty."""
     part = np.s_[first : first + N * H]
-    shaped = (x[part, 0].reshape(N, H, *x.shape[2:]) for x in sample[:5])
-    return M.Sample(*shaped, np.arange(N, dtype=np.float32))
+    shaped = [x[part, 0].reshape(N, H, *x.shape[2:]) for x in sample[:5]]
+    return M.Sample(*shaped, shaped[4].copy(), np.arange(N, dtype=np.float32))
 
 
 # --- oracle ---
@@ -51,8 +53,8 @@ def test_oracle_reproduces_the_recorded_transitions(dataset, own, capsys):
     assert (answers.terminal == sample.terminal[part, 0])[~clipped].all()
     assert not answers.unhealthy.any()
     M.find_oracle(dataset, std[:11])
-    share = float(re.search(r"reproduces ([\d.]+)%", capsys.readouterr().out)[1])
-    assert 80 < share < 100
+    shares = re.findall(r"([\d.]+)%", capsys.readouterr().out)
+    assert 80 < float(shares[0]) < 100 and 80 < float(shares[1]) <= 100
 
 
 def test_several_processes_answer_as_one(own):
@@ -70,7 +72,7 @@ def test_a_known_change_gives_exactly_that_error(dataset, own):
     sample, reference, env_spec = own
     std = reference.std
     inside = (np.abs(sample.s) < 9).all((1, 2)) & (np.abs(sample.s_next) < 9).all((1, 2))
-    plain = to_buffer(M.Sample(*(x[inside] for x in sample[:5]), None), 100)
+    plain = to_buffer(M.Sample(*(x[inside] for x in sample[:6]), None), 100)
     moved = plain._replace(s_next=plain.s_next + 0.3 * std[:11], r=plain.r + 2)
     s, a = plain.s.reshape(-1, 11), plain.a.reshape(-1, 3)
     answers = M.ask_oracle(env_spec, s, a, 1, "test")
@@ -79,7 +81,7 @@ def test_a_known_change_gives_exactly_that_error(dataset, own):
     assert after["dynamic MSE"] == pytest.approx(0.09, rel=1e-5)
     assert after["dynamic MSE, median"] == pytest.approx(0.09, rel=1e-5)
     assert after["reward"] == pytest.approx(before["reward"] + 2)
-    assert after["oracle reward"] == pytest.approx(before["reward"], abs=1e-6)
+    assert after["oracle reward, not penalised"] == pytest.approx(before["reward"], abs=1e-6)
     one = M.dynamic_error(np.array([[1.0, 5.0]]), np.array([[2.0, 8.0]]), np.array([2.0, 1.0]))
     assert one.tolist() == [(0.25 + 9) / 2]
 
@@ -123,7 +125,37 @@ def test_environments_without_an_oracle_say_so(env_id, tmp_path, capsys):
 def test_an_oracle_that_does_not_fit_the_data_is_none(dataset, own, capsys):
     other = [e._replace(observations=e.observations + 0.1) for e in dataset.episodes[:5]]
     assert M.find_oracle(dataset._replace(episodes=other), own[1].std[:11]) is None
-    assert "do not determine the state (MuJoCo reproduces 0" in capsys.readouterr().out
+    line = "oracle: none for Hopper-v5: MuJoCo reproduces 0.0% of the recorded next states, "
+    assert capsys.readouterr().out.startswith(line)
+    other = [e._replace(rewards=e.rewards + 0.1) for e in dataset.episodes]
+    assert M.find_oracle(dataset._replace(episodes=other), own[1].std[:11])
+    assert capsys.readouterr().out.endswith(" 0.0% of the rewards\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kwargs": {"exclude_current_positions_from_observation": False}},
+        {"kwargs": {"no_such_argument": 1}},
+        {"id": "Hopper-v3"},
+        {"id": "Unknown-v0"},
+        {"additional_wrappers": [{"name": "Rescale", "entry_point": "a:b", "kwargs": {}}]},
+    ],
+)
+def test_without_an_oracle_the_rest_is_reported(change, tmp_path, pipeline):
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    metadata = tmp_path / "data" / "data" / "metadata.json"
+    spec = json.loads(json.loads(metadata.read_text())["env_spec"]) | change
+    edit_json(metadata, env_spec=json.dumps(spec))
+    flags = ["--aug", pipeline[0] / "buffer.npz", "--env", tmp_path / "data"]
+    output = run(ROOT / "metrics.py", *flags, "--table", "markdown", cwd=tmp_path).stdout
+    assert f"oracle: none for {spec['id']}" in output
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    own = report["numbers"]["gta(mu 0.5, alpha 1.3)"]
+    assert "dynamic MSE" not in own and own["state novelty, raw"] > 0.01
+    assert report["oracle"] is False and "| dynamic MSE (eq. 14) | - | - |" in " ".join(
+        output.split()
+    )
 
 
 # --- metrics ---
@@ -132,13 +164,21 @@ def test_an_oracle_that_does_not_fit_the_data_is_none(dataset, own, capsys):
 def test_nearest_distance_is_brute_force():
     rng = np.random.default_rng(0)
     data, queries = rng.normal(size=(300, 5)), rng.normal(size=(10_050, 5))  # in two chunks
-    expected = np.sqrt(((queries[:, None] - data[None]) ** 2).sum(-1)).min(1)
+    expected = np.sqrt(((queries[:, None] - data[None]) ** 2).sum(-1))
+    expected.sort(axis=1)
     bar = tqdm(disable=True)
-    np.testing.assert_allclose(M.nearest_distance(data, queries, CPU, bar), expected, atol=1e-12)
-    assert (M.nearest_distance(data, data[::-1].copy(), CPU, bar) == 0).all()
+    for rank in (1, 2):
+        tree = M.nearest_distance(data, queries, rank, CPU, bar)
+        np.testing.assert_allclose(tree, expected[:, rank - 1], atol=1e-12)
+        product = M.nearest_by_product(*map(torch.from_numpy, (data, queries)), rank).numpy()
+        np.testing.assert_allclose(product, expected[:, rank - 1], atol=1e-12)
+        few = M.nearest_by_product(*map(torch.from_numpy, (data[:2], queries)), rank)
+        assert few.shape == (10_050,)
+    assert (M.nearest_distance(data, data[::-1].copy(), 1, CPU, bar) == 0).all()
+    assert (M.nearest_by_product(*[torch.from_numpy(data)] * 2, 1) == 0).all()
     if torch.cuda.is_available():
-        own = M.nearest_distance(data, queries, torch.device("cuda"), bar)
-        np.testing.assert_allclose(own, expected, atol=1e-5)
+        own = M.nearest_distance(data, queries, 2, torch.device("cuda"), bar)
+        np.testing.assert_allclose(own, expected[:, 1], atol=1e-12)
 
 
 def test_novelty_against_loops(dataset, own):
@@ -151,7 +191,7 @@ def test_novelty_against_loops(dataset, own):
     rng = np.random.default_rng(0)
     plain = to_buffer(sample, 5000, N=6, H=4)
     queries = plain._replace(s=plain.s + 0.1 * rng.normal(size=plain.s.shape))
-    numbers = M.novelty(reference._replace(sa=M.make_reference(few).sa), queries, CPU, "")
+    numbers = M.novelty(reference._replace(sa=M.make_reference(few).sa), queries, 1, CPU, "")
     data = [np.concatenate([e.observations[t], e.actions[t]])
             for e in few.episodes for t in range(len(e.rewards))]  # fmt: skip
     assert len(data) == 65
@@ -172,15 +212,29 @@ def test_novelty_against_loops(dataset, own):
 
 def test_a_copy_of_the_dataset_is_not_novel(dataset, own):
     sample, reference, _ = own
-    numbers = M.novelty(reference, to_buffer(sample, 0), CPU, "")
+    numbers = M.novelty(reference, to_buffer(sample, 0), 1, CPU, "")
     assert len(numbers) == 12 and not any(numbers.values())
+    spacing = M.novelty(reference, to_buffer(sample, 0), 2, CPU, "")
+    data, few = reference.sa[:, :11], reference.sa[:100, :11]
+    distance = np.linalg.norm(data[None] - few[:, None], axis=-1)
+    distance[np.arange(100), np.arange(100)] = np.inf
+    assert spacing["state novelty, raw"] == pytest.approx(distance.min(1).mean())
+
+
+def test_the_reference_is_the_datasets(dataset):
+    reference = M.make_reference(dataset)
+    rows = [np.concatenate([e.observations[t], e.actions[t]])
+            for e in dataset.episodes for t in range(len(e.rewards))]  # fmt: skip
+    np.testing.assert_array_equal(reference.sa, rows)
+    np.testing.assert_allclose(reference.mean, np.mean(rows, axis=0))
+    np.testing.assert_allclose(reference.std, np.std(rows, axis=0))
 
 
 def test_shares_rewards_and_controllability(dataset, own):
     sample, reference, _ = own
     buffer = to_buffer(sample, 0, N=30, H=4)
     buffer.terminal[:] = False
-    buffer.terminal[3, -1] = True
+    buffer.terminal[3, -1] = buffer.penalised[3, -1] = True
     buffer.r[3, -1] = -100.0
     buffer.a[:] = 0.2
     buffer.a[0, 0] = [1.0, -1.0, 0.5]
@@ -188,7 +242,7 @@ def test_shares_rewards_and_controllability(dataset, own):
         buffer.s_next.reshape(-1, 11) + 1.0,
         np.arange(120.0),
         np.arange(120) == 5,
-        np.arange(120) < 12,
+        (np.arange(120) < 12) * 1.0,
     )
     numbers = M.measure(dataset, reference, buffer, answers, CPU, "")
     kept = [n for n in range(30) if n != 3]
@@ -197,8 +251,13 @@ def test_shares_rewards_and_controllability(dataset, own):
     assert numbers["actions at a bound"] == pytest.approx(2 / 360)
     rewards = [buffer.r[n, h] for n in range(30) for h in range(4) if (n, h) != (3, 3)]
     assert numbers["reward"] == pytest.approx(np.mean(rewards))
-    assert numbers["oracle reward"] == pytest.approx((sum(range(120)) - 15) / 119)
+    assert numbers["oracle reward"] == pytest.approx(sum(range(120)) / 120)
+    expected = (sum(range(120)) - 15) / 119
+    assert numbers["oracle reward, not penalised"] == pytest.approx(expected)
     assert numbers["dynamic MSE"] == pytest.approx(np.mean(1 / reference.std[:11] ** 2))
+    plain = buffer._replace(penalised=np.zeros_like(buffer.penalised))
+    unpenalised = M.measure(dataset, reference, plain, answers, CPU, "")
+    assert unpenalised["reward"] == pytest.approx(buffer.r.mean())
     returns = buffer.r.sum(1)[kept]
     expected = stats.pearsonr(buffer.condition[kept], returns).statistic
     assert numbers["controllability"] == pytest.approx(expected)
@@ -209,7 +268,16 @@ def test_samples_are_whole_subtrajectories_of_the_buffer(dataset, pipeline):
     with np.load(path, allow_pickle=False) as file:
         buffer = dict(file)
     read, metadata = M.read_buffer(path)
-    sample = M.sample_buffer(read, 10**6, None)
+    sample = M.sample_buffer(read, metadata, 10**6, None)
+    read["terminals"][1, 2] = True
+    for change, penalised in (
+        ({}, 1),
+        ({"restore_terminal_reward": True}, 0),
+        ({"env_id": "PointMaze_UMaze-v3"}, 0),
+        ({"method": "mine"}, 0),
+    ):
+        own = M.sample_buffer(read, metadata | change, 10**6, None)
+        assert own.penalised.sum() == penalised and own.terminal.sum() == 1
     assert M.describe_buffer(metadata) == "gta(mu 0.5, alpha 1.3)" and metadata["horizon"] == 7
     for n in (0, 17, 39):
         for h in range(7):
@@ -217,19 +285,51 @@ def test_samples_are_whole_subtrajectories_of_the_buffer(dataset, pipeline):
             np.testing.assert_array_equal(sample.s_next[n, h], buffer["observations"][n, h + 1])
             np.testing.assert_array_equal(sample.a[n, h], buffer["actions"][n, h])
             assert sample.r[n, h] == buffer["rewards"][n, h]
-    fewer = M.sample_buffer(read, 50, np.random.default_rng(0))
+    fewer = M.sample_buffer(read, metadata, 50, np.random.default_rng(0))
     assert fewer.r.shape == (8, 7)
     rows = {row.tobytes() for row in buffer["rewards"]}
     assert len({row.tobytes() for row in fewer.r} & rows) == 8
     few = M.sample_dataset(dataset, 300, np.random.default_rng(0))
     assert few.s.shape == (300, 1, 11) and len(np.unique(few.s[:, 0], axis=0)) == 300
+    first = {e.observations[0].tobytes() for e in dataset.episodes[:2]}
+    assert not first & {row.tobytes() for row in few.s[:, 0]}  # not simply the first ones
+    assert not np.array_equal(fewer.r, read["rewards"][:8])
+
+
+def test_the_figure_shows_the_numbers(dataset, own, tmp_path):
+    """Histograms of dataset, generated and oracle returns; condition against generated return."""
+    sample, reference, _ = own
+    buffer = to_buffer(sample, 3000, N=200, H=5)
+    answers = M.Answers(None, np.arange(1000.0) / 500, None, None)
+    kept = ~buffer.penalised.any(axis=1)
+    assert 190 < kept.sum() < 200
+    figure = M.draw_figure(tmp_path / "a.png", dataset, {"x": buffer}, {"x": answers})
+    left, right = figure.axes
+    assert left.get_title() == "x" and [t.get_text() for t in left.get_legend().texts] == [
+        "dataset", "generated", "oracle"
+    ]  # fmt: skip
+    returns = [
+        M.dataset_returns(dataset, 5), buffer.r.sum(1)[kept], answers.r.reshape(200, 5).sum(1)[kept]
+    ]  # fmt: skip
+    grey, *outlines = np.split(np.array(left.patches, object), [len(left.patches) - 2])
+    edges = [p.get_x() for p in grey] + [grey[-1].get_x() + grey[-1].get_width()]
+    for i, values in enumerate(returns):
+        expected = np.histogram(values, edges, density=True)[0]
+        if i == 0:
+            drawn = [p.get_height() for p in grey]
+        else:
+            drawn = outlines[0][i - 1].get_xy()[1:-1:2, 1]
+        np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+    points = right.collections[0].get_offsets()
+    expected = np.stack([buffer.condition, buffer.r.sum(1)], axis=1)[kept]
+    np.testing.assert_allclose(sorted(points.tolist()), sorted(expected.tolist()), rtol=1e-6)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_returns_of_the_datasets_windows(dataset):
     few = dataset._replace(episodes=dataset.episodes[:2])
     expected = [e.rewards[t : t + 31].sum()
-                for e in few.episodes for t in range(len(e.rewards) - 30)
-                if not e.terminals[t : t + 31].any()]  # fmt: skip
+                for e in few.episodes for t in range(len(e.rewards) - 30)]  # fmt: skip
     np.testing.assert_allclose(M.dataset_returns(few, 31), expected)
 
 
@@ -251,12 +351,14 @@ def test_the_command_prints_and_writes_all_numbers(pipeline, tmp_path):
     own = report["numbers"][name]
     assert own["transitions"] == 140 and report["numbers"]["dataset"]["transitions"] == 140
     assert report["numbers"]["dataset"]["dynamic MSE, median"] < 1e-20
-    assert report["numbers"]["dataset"]["state-action novelty, standardised"] == 0
+    assert report["numbers"]["dataset"]["state-action novelty, standardised"] > 0
     assert own["dynamic MSE"] > 0.01 and own["state novelty, raw"] > 0.01
     lines = [line.split("  ") for line in output.splitlines()]
     lines = {line[0]: [cell for cell in line[1:] if cell] for line in lines}
-    assert float(lines["dynamic MSE (eq. 14)"][1]) == pytest.approx(own["dynamic MSE"], rel=1e-3)
-    assert float(lines["oracle reward (D.3)"][1]) == pytest.approx(own["oracle reward"], rel=1e-3)
+    for key, title in M.SCREEN.items():
+        expected = [M.show(report["numbers"][column].get(key)) for column in report["numbers"]]
+        assert [cell.strip() for cell in lines[title]] == expected
+    assert set(own) >= set(M.SCREEN)
     assert len(lines["state novelty (eq. 15)"]) == 3
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp"))
@@ -359,12 +461,12 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     later = "20260102-000000-000000"
     folders.append(write_run(tmp_path, "cql", "none", "hopper", {0: 55.0, 1: 57.0}, later))
     M.tabulate_runs(M.Args(runs=tuple(reversed(folders))))
-    output = capsys.readouterr().out.splitlines()
-    assert output[0].startswith("left out: ") and output[0].endswith("is at update 7 of 10")
+    output, notes = (text.splitlines() for text in capsys.readouterr())
+    assert notes[0].startswith("left out: ") and notes[0].endswith("is at update 7 of 10")
     find = lambda start: next(line for line in output if line.startswith(start))  # noqa: E731
     where = "cql + none, hopper: seed 0 counts as in the later "
-    assert output[1].startswith(where) and output[1].endswith("-20260102-000000-000000")
-    assert "hopper" in output[3] and "walker" in output[3] and "average" in output[3]
+    assert notes[1].startswith(where) and notes[1].endswith("-20260102-000000-000000")
+    assert "hopper" in output[0] and "walker" in output[0] and "average" in output[0]
     assert "56.0 +- 1.0 (2)" in find("cql  ") and find("cql  ").split()[-1] == "-"
     expected = [np.mean([scores[gta, env][seed] for env in ("hopper", "walker")])
                 for seed in range(3)]  # fmt: skip
@@ -386,7 +488,7 @@ def test_runs_that_do_not_belong_are_named(tmp_path, capsys):
     edit_config(folders[2], train_steps=0)
     edit_config(folders[4], batch_size=7)
     table = M.collect_runs(folders)
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"left out: {folders[0]} is at update 0 of 10"
     assert lines[1].startswith(f"left out: {folders[1]}")
     assert lines[2] == f"left out: {folders[2]} was only evaluated"
