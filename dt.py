@@ -42,7 +42,7 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -158,23 +158,25 @@ POLICY_FLAGS = (  # what defines a policy beside its weights
 def require(condition, message):
     """Ends the program with one line and exit code 1 unless the condition holds."""
     if not condition:
-        sys.exit(f"error: {message}")
+        sys.exit(" ".join(f"error: {message}".split()))  # it may quote a file's line breaks
 
 
 def require_positive(args, *names):
-    """Ends the program with one line unless all named arguments are positive."""
+    """Ends the program with one line unless all named arguments are positive, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+        fits = value is None or 0 < value < 1e12
+        require(fits, f"{flag} {value}: must be positive and less than 1e12")
 
 
 def require_between(args, low, high, *names):
-    """Ends the program with one line unless all named arguments are within the bounds."""
+    """Ends the program with one line unless all named arguments are within the bounds, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
+        fits = value is None or low <= value <= high
+        require(fits, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -203,7 +205,7 @@ def plain_args(args):
 
 def first_line(error):
     """Returns what an exception says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def get_rng_state(device):
@@ -219,6 +221,42 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def require_types(where, values, types):
+    """Ends the program with one line unless values, a dictionary from a file, holds what types
+    names, of these types. Strings must be printable."""
+    for key, type_ in types.items():
+        value = values.get(key)
+        fits = key in values and isinstance(value, type_)
+        fits &= not isinstance(value, str) or value.isprintable()
+        require(fits, f"{where}: lacks {key}, or it is of another type")
+
+
+def has_form(x, form):
+    """Whether x has the keys, shapes and types of form, nested dictionaries of tensors, and finite
+    numbers only."""
+    if isinstance(form, dict):
+        same_keys = isinstance(x, dict) and x.keys() == form.keys()
+        return same_keys and all(has_form(x[key], form[key]) for key in form)
+    same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
+    return same and bool(x.isfinite().all())
+
+
+def put_moments(optimizer, state):
+    """Puts back the state of an Adam, {number of the parameter: its moments}, from a file. Raises
+    ValueError if it belongs to other parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {}
+    for i, own in state.items():
+        moments[i] = {key: torch.zeros_like(params[i]) for key in ("exp_avg", "exp_avg_sq")}
+        moments[i]["step"] = torch.zeros((), dtype=torch.float32)
+        if not has_form(own, moments[i]):
+            raise ValueError("the optimizer's state is of another network")
+        for key, x in moments[i].items():
+            x.copy_(own[key])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def write_atomically(path, write):
@@ -245,10 +283,12 @@ def write_atomically(path, write):
 
 
 @contextmanager
-def explain_out_of_memory(flags):
-    """Ends the program with one line if memory runs out: which flags lower it."""
+def end_in_one_line(flags):
+    """Ends the program with one line on Ctrl-C, or if memory runs out: which flags lower it."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (RuntimeError, MemoryError) as error:
         is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if is_it or "can't allocate memory" in str(error):
@@ -334,7 +374,8 @@ def resolve_env(env):
 def find_minari(source):
     """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
     id that is not there yet is downloaded from Minari's hub."""
-    for folder in (Path(source), Path(__file__).parent / source):
+    here = Path(__file__).parent
+    for folder in (Path(source), here / source, here.parent / source):  # the last: baselines/
         if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
@@ -395,6 +436,7 @@ def load_dataset(env):
             f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        require_types(f"--env {name}: metadata", source.storage.metadata, {"dataset_id": str})
         sources.append(source)
         dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
@@ -452,6 +494,8 @@ REFERENCE_RETURNS = {  # of a random and of an expert policy, from D4RL
     "pointmaze_large": (6.7, 273.99),
     "adroithandpen": (96.262799, 3076.8331),
     "adroithanddoor": (-56.512833, 2880.5693),
+    "adroithandhammer": (-274.856578, 12794.134825),
+    "adroithandrelocate": (-6.425911, 4233.877797),
     "kitchen": (0.0, 4.0),
 }
 
@@ -460,7 +504,10 @@ def reference_returns(dataset):
     """Returns what scores 0 and what scores 100: the dataset's own references, else D4RL's."""
     metadata = dataset.source.storage.metadata
     if "ref_min_score" in metadata and "ref_max_score" in metadata:
-        return metadata["ref_min_score"], metadata["ref_max_score"]
+        low, high = references = metadata["ref_min_score"], metadata["ref_max_score"]
+        known = all(isinstance(x, int | float) and abs(x) < 1e12 for x in references)
+        require(known and low < high, f"the dataset's reference scores are {low} and {high}")
+        return references
     for word, references in REFERENCE_RETURNS.items():
         if word in dataset.env_id.lower() and "dense" not in dataset.env_id.lower():
             return references
@@ -476,26 +523,24 @@ def read_buffer(path):
     require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
     try:
         with np.load(path, allow_pickle=False) as file:
-            buffer = {key: file[key] for key in file.files}
+            buffer = {key: np.asarray(file[key]) for key in file.files}
     except Exception as error:
         sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
     try:
         metadata = json.loads(str(buffer.pop("metadata")))
         kind, version = metadata["format"], metadata["format_version"]
-    except (KeyError, TypeError, ValueError):
+    except Exception:
         sys.exit(f"error: --aug {path}: no buffer, it lacks metadata in JSON with its format")
     require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
     require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
     keys = ("observations", "actions", "rewards", "terminals")
     require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
-    types = {"method": str, "env": str, "dataset_ids": list}
-    require(
-        all(isinstance(metadata.get(name), type_) for name, type_ in types.items()),
-        f"--aug {path}: its metadata needs method and env, strings, and dataset_ids, a list",
-    )
+    types = {"method": str, "env": str, "dataset_ids": list, "label": str, "env_id": str}
+    optional = {"label": "", "env_id": ""}
+    require_types(f"--aug {path}: metadata", {**optional, **metadata}, types)
     observations, actions, rewards, terminals = (buffer[key] for key in keys)
-    fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
-    fits &= len(observations) == len(actions) > 0 and observations.ndim == 3
+    fits = observations.ndim == actions.ndim == 3 and len(observations) == len(actions) > 0
+    fits = fits and observations.shape[1] == actions.shape[1] + 1
     fits &= rewards.shape == terminals.shape == actions.shape[:2] and rewards.size > 0
     for key in ("episode", "timestep", "return_to_go", "condition"):
         fits &= key not in buffer or buffer[key].shape == actions.shape[:1]
@@ -510,7 +555,7 @@ def read_buffer(path):
 
 def require_fit(path, buffer, metadata, dataset):
     """Ends the program with one line unless the buffer was made from the dataset."""
-    made_from, ids = "+".join(metadata["dataset_ids"]), "+".join(dataset.ids)
+    made_from, ids = "+".join(map(str, metadata["dataset_ids"])), "+".join(dataset.ids)
     require(
         made_from == ids, f"--aug {path}: made from {made_from}, which contradicts --env, {ids}"
     )
@@ -526,8 +571,7 @@ def require_fit(path, buffer, metadata, dataset):
 
 def describe_buffer(metadata):
     """Returns the words that name an augmentation: gta(mu 0.25, alpha 1.1)."""
-    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
-    return metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+    return str(metadata.get("label", metadata["method"]))
 
 
 class Scaling(NamedTuple):
@@ -876,18 +920,35 @@ def read_env_spec(dataset, which):
         raise ValueError(f"wrappers are not supported: {', '.join(wrappers)}")
     env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
     steps = spec.get("max_episode_steps")
+    steps = steps and int(steps)  # Minari's PointMaze datasets say 1000000.0
     return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
 
 
 def make_env(dataset):
-    """Makes the dataset's own evaluation environment, its observations flattened."""
+    """Makes the dataset's own evaluation environment, its observations flattened.
+
+    Kitchen's datasets reward a completed task at every step. D4RL's references, 0 and 4, are of
+    evaluations that count it once, and end when all are done.
+    """
     try:
-        env = gym.make(**read_env_spec(dataset, "eval_env_spec"))
+        spec = read_env_spec(dataset, "eval_env_spec")
+        if "Kitchen" in dataset.env_id and "ref_max_score" not in dataset.source.storage.metadata:
+            spec |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
+        env = gym.make(**spec)
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {dataset.env_id} needs the package {error.name}; pip install it")
+        missing = (error.__cause__ or error).name
+        sys.exit(
+            f"error: {dataset.env_id} needs the package {missing}; pip install gymnasium-robotics"
+        )
     except Exception as error:
-        sys.exit(f"error: {dataset.env_id} cannot be made ({first_line(error)})")
-    return gym.wrappers.FlattenObservation(env)
+        version = importlib.metadata.version("mujoco")
+        sys.exit(
+            f"error: {dataset.env_id} cannot be made with mujoco {version} ({first_line(error)})"
+        )
+    env = gym.wrappers.FlattenObservation(env)
+    own, other = env.observation_space.shape, dataset.episodes[0].observations.shape[1:]
+    require(own == other, f"{dataset.env_id} observes {own} numbers, the dataset holds {other}")
+    return env
 
 
 def evaluate_target_return(agents, envs, scaling, args, device):
@@ -944,13 +1005,16 @@ def load_policy(path, flag):
             damaged = file.testzip()  # compares checksums, which torch.load does not
         require(not damaged, f"{flag} {path}: not a whole policy.pt, {damaged} in it is damaged")
         policy = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version = policy["format"], policy["format_version"]
+        kind, version = str(policy["format"]), int(policy["format_version"])
     except Exception as error:
         sys.exit(f"error: {flag} {path}: not a whole policy.pt ({type(error).__name__})")
     require(kind == "gta-policy", f"{flag} {path}: a {kind} file, not a policy")
     require(version == 2, f"{flag} {path}: format version {version}; this program reads version 2")
-    algorithm = policy["algorithm"]
+    algorithm = policy.get("algorithm")
     require(algorithm == script, f"{flag} {path}: a policy of {algorithm}.py, not of {script}.py")
+    types = {"args": dict, "env_id": str, "aug_label": str, "data_sha256": str, "scaling": dict}
+    types |= {"weights": dict, "optimizers": dict, "rng": dict, "update": int, "evals": list}
+    require_types(f"{flag} {path}", policy, types)
     return policy
 
 
@@ -962,10 +1026,13 @@ def load_start(args):
     and exits if another value of one was typed.
     """
     require(not (args.load and args.resume), "--load and --resume exclude each other")
-    default = plain_args(Args())
+    default, types = plain_args(Args()), {f.name: f.type for f in fields(Args)}
+    types["aug"] = str | None
     if args.load:
         path = args.load / "policy.pt" if args.load.is_dir() else args.load
         policy = load_policy(path, "--load")
+        keys = ("num_seeds", "seed", "env", *POLICY_FLAGS)
+        require_types(f"--load {path}", policy["args"], {key: types[key] for key in keys})
         args.num_seeds, args.seed = policy["args"]["num_seeds"], policy["args"]["seed"]
         print(f"loaded {args.num_seeds} agents, seeds from {args.seed} on")
         args.env = args.env or (policy["args"]["env"] if args.aug is None else None)
@@ -978,17 +1045,18 @@ def load_start(args):
     args.resume = args.resume.parent if args.resume.name == "policy.pt" else args.resume
     policy = load_policy(args.resume / "policy.pt", "--resume")
     free = {"resume", "load", "runs", "device", "compile", "track"}
-    for key, typed in plain_args(args).items():
-        if key in free or key.startswith("wandb"):
-            continue
-        old = policy["args"][key]
+    keys = [key for key in types if key not in free and not key.startswith("wandb")]
+    where = f"--resume {args.resume}"
+    require_types(where, policy["args"], {key: types[key] for key in keys})
+    for key in keys:
+        typed, old = plain_args(args)[key], policy["args"][key]
         if key in ("env", "aug"):  # may have moved; a hash tells whether they are the same
             old = typed or old
         flag = f"--{key.replace('_', '-')}"
         require(
             typed in (old, default[key]),
-            f"--resume {args.resume}: was trained with {flag} {old}, not {typed}; give no other "
-            "flags than those of the device, of wandb, and where data has moved",
+            f"{where}: was trained with {flag} {old}, not {typed}; give no other flags than those "
+            "of the device, of wandb, and where data has moved",
         )
         setattr(args, key, Path(old) if key == "aug" and old else old)
     return policy
@@ -997,20 +1065,25 @@ def load_start(args):
 def put_weights(agents, policy):
     """Copies the weights of policy.pt into agents."""
     for name, params in agents.weights.items():
+        require_types("policy.pt", policy["weights"], {name: dict})
         for key, p in params.items():
-            own = policy["weights"].get(name, {}).get(key)
-            fits = own is not None and own.shape == p.shape
+            own = policy["weights"][name].get(key)
+            fits = has_form(own, p)
             require(fits, f"policy.pt: {name} {key} does not fit this network; use the same flags")
             p.data.copy_(own)
 
 
 def put_training_state(agents, policy, device):
     """Puts the optimizers and the random generators back to where policy.pt was written."""
-    for name, optimizer in agents.optimizers.items():
-        own_groups = optimizer.state_dict()["param_groups"]
-        state = {"state": policy["optimizers"][name], "param_groups": own_groups}
-        optimizer.load_state_dict(state)
-    set_rng_state(policy["rng"], device)
+    try:
+        for name, optimizer in agents.optimizers.items():
+            put_moments(optimizer, policy["optimizers"][name])
+        set_rng_state(policy["rng"], device)
+        rows = [torch.tensor(row) for row in policy["evals"]]
+        if not all(has_form(row, torch.zeros(4)) for row in rows):
+            raise ValueError("an evaluation is four numbers")
+    except Exception as error:
+        sys.exit(f"error: policy.pt: does not fit together ({first_line(error)})")
 
 
 def start_run(args, dataset, about_data, references):
@@ -1090,13 +1163,13 @@ def log_to_wandb(step, losses, returns, scores):
     wandb.log({**log, "return": returns.mean(), "score": scores.mean()}, step=step)
 
 
-@explain_out_of_memory("--batch-size or --num-seeds")
+@end_in_one_line("--batch-size or --num-seeds")
 def main(args):
     policy = load_start(args)
-    require_positive(
-        args, "batch_size", "num_seeds", "eval_every", "lr", "warmup_steps", "grad_norm"
-    )
-    require_positive(args, "context", "embedding_dim", "num_layers", "num_heads", "episode_len")
+    require_positive(args, "batch_size", "eval_every", "eval_episodes", "lr", "warmup_steps")
+    require_positive(args, "grad_norm", "return_scale", "embedding_dim", "num_heads", "episode_len")
+    require_between(args, 1, 1000, "num_seeds", "num_layers")
+    require_between(args, -1e9, 1e9, "target_return")
     require_between(args, 0, 1, "dropout")
     require_between(args, 1, args.episode_len, "context")
     if args.warmup_steps > args.train_steps > 0:
@@ -1113,12 +1186,12 @@ def main(args):
     fill_in_by_domain(args, dataset.env_id)
     if args.target_return is None:
         args.target_return = find_target_return(dataset)
-    require_positive(args, "eval_episodes", "return_scale")
-    require_between(args, -1e9, 1e9, "target_return")
     scaling = make_scaling(episodes, dataset.source.action_space)
     if policy:
         own, other = policy["env_id"], dataset.env_id
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
+        form = {key: torch.from_numpy(x) for key, x in scaling._asdict().items()}
+        require(has_form(policy["scaling"], form), "policy.pt: its scaling is of other data")
         scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
         same_run = args.resume or args.train_steps == 0
         aug = policy["aug_label"] if same_run else f"{aug} after {policy['aug_label']}"
@@ -1145,6 +1218,8 @@ def main(args):
     if args.resume:
         put_training_state(agents, policy, device)
         first_step, evals = policy["update"], policy["evals"]
+        known = 0 <= first_step <= args.train_steps
+        require(known, f"policy.pt: update {first_step} of {args.train_steps}")
         print(f"resumed {run} at update {first_step} of {args.train_steps}")
 
     def train_step():
@@ -1153,6 +1228,7 @@ def main(args):
     def evaluate_and_save(step):
         require_finite(agents, losses, step, run)
         returns = evaluate_target_return(agents, envs, scaling, args, device)
+        require(np.isfinite(returns).all(), f"update {step}: the return is {returns}; {run} stays")
         scores = 100 * (returns - score_0) / (score_100 - score_0)
         for seed, row in enumerate(zip(returns.tolist(), scores.tolist()), start=args.seed):
             evals.append([step, seed, *row])

@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import minari
@@ -70,6 +70,10 @@ class Args:
     """noising ratio in (0, 1]: how much of a trajectory is erased; 1 starts from noise (eq. 9)"""
     alpha: float = 1.1
     """amplification of the return that is asked for (eq. 8)"""
+    condition: Literal["amplified", "fixed", "none", "inpaint"] = "amplified"
+    """what the generated trajectories are asked for: each source's amplified return; the dataset's
+    largest return, amplified, for all (F.1); nothing (Table 19); or no return, but each source's
+    rewards times alpha, which are kept in place while the rest is denoised (E.6)"""
     guidance: float = 2.0
     """w, scale of the classifier-free guidance (eq. 4, Table 7); 0: condition without guidance, at
     half the cost"""
@@ -79,9 +83,16 @@ class Args:
     """u of eq. 13 (Table 9); larger: bins with few windows count less"""
     reweight_q: float = 5.0
     """q of eq. 13 (Table 9); smaller: bins with low returns count less"""
+    source_top: float = 1.0
+    """share of the episodes that are augmented, those with the largest returns (E.2)"""
+    source_min_return: float | None = None
+    """augment only episodes with at least this return"""
     success_weight: float = 1.0
     """c > 1: successful episodes (return > 0) are drawn c times as often, then a window of the
     episode, for sparse rewards (B.2)"""
+    reward_proxy: bool = False
+    """replace the generated rewards by those that a network, trained on the dataset, predicts for
+    the generated states and actions (E.7)"""
     restore_terminal_reward: bool = False
     """give terminal rewards back the penalty that stage A subtracted from them"""
     num_steps: int = 128
@@ -120,23 +131,25 @@ class Args:
 def require(condition, message):
     """Ends the program with one line and exit code 1 unless the condition holds."""
     if not condition:
-        sys.exit(f"error: {message}")
+        sys.exit(" ".join(f"error: {message}".split()))  # it may quote a file's line breaks
 
 
 def require_positive(args, *names):
-    """Ends the program with one line unless all named arguments are positive."""
+    """Ends the program with one line unless all named arguments are positive, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+        fits = value is None or 0 < value < 1e12
+        require(fits, f"{flag} {value}: must be positive and less than 1e12")
 
 
 def require_between(args, low, high, *names):
-    """Ends the program with one line unless all named arguments are within the bounds."""
+    """Ends the program with one line unless all named arguments are within the bounds, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
+        fits = value is None or low <= value <= high
+        require(fits, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -165,7 +178,34 @@ def plain_args(args):
 
 def first_line(error):
     """Returns what an exception says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require_types(where, values, types):
+    """Ends the program with one line unless values, a dictionary from a file, holds what types
+    names, of these types. Strings must be printable."""
+    for key, type_ in types.items():
+        value = values.get(key)
+        fits = key in values and isinstance(value, type_)
+        fits &= not isinstance(value, str) or value.isprintable()
+        require(fits, f"{where}: lacks {key}, or it is of another type")
+
+
+def has_form(x, form):
+    """Whether x has the keys, shapes and types of form, nested dictionaries of tensors, and finite
+    numbers only."""
+    if isinstance(form, dict):
+        same_keys = isinstance(x, dict) and x.keys() == form.keys()
+        return same_keys and all(has_form(x[key], form[key]) for key in form)
+    same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
+    return same and bool(x.isfinite().all())
+
+
+def load_weights(network, weights):
+    """Copies the weights from a file into a network. Raises ValueError if they do not fit."""
+    if not has_form(weights, network.state_dict()):
+        raise ValueError("the weights are of another network, or not finite")
+    network.load_state_dict(weights)
 
 
 def write_atomically(path, write):
@@ -204,10 +244,12 @@ def require_writable(flag, path):
 
 
 @contextmanager
-def explain_out_of_memory(flags):
-    """Ends the program with one line if memory runs out: which flags lower it."""
+def end_in_one_line(flags):
+    """Ends the program with one line on Ctrl-C, or if memory runs out: which flags lower it."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (RuntimeError, MemoryError) as error:
         is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if is_it or "can't allocate memory" in str(error):
@@ -293,7 +335,8 @@ def resolve_env(env):
 def find_minari(source):
     """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
     id that is not there yet is downloaded from Minari's hub."""
-    for folder in (Path(source), Path(__file__).parent / source):
+    here = Path(__file__).parent
+    for folder in (Path(source), here / source, here.parent / source):  # the last: baselines/
         if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
@@ -354,6 +397,7 @@ def load_dataset(env):
             f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        require_types(f"--env {name}: metadata", source.storage.metadata, {"dataset_id": str})
         sources.append(source)
         dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
@@ -643,25 +687,19 @@ def load_checkpoint(path):
             damaged = file.testzip()  # compares checksums, which torch.load does not
         require(not damaged, f"{path}: not a whole checkpoint, {damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version = checkpoint["format"], checkpoint["format_version"]
+        kind, version = str(checkpoint["format"]), int(checkpoint["format_version"])
     except Exception as error:
         kind = type(error).__name__
         sys.exit(f"error: {path}: not a whole checkpoint of gta_diffusion.py ({kind})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
     require(version == 2, f"{path}: format version {version}; this program reads version 2")
-    keys = (
-        "args",
-        "env",
-        "dataset_ids",
-        "data_sha256",
-        "normalizer",
-        "model",
-        "ema",
-        "step",
-        "rng",
-    )
-    missing = [key for key in keys if key not in checkpoint]
-    require(not missing, f"{path}: lacks {', '.join(missing)}")
+    types = {"args": dict, "env": str, "dataset_ids": list, "data_sha256": str, "step": int}
+    types |= {"normalizer": dict, "model": dict, "ema": dict, "rng": dict}
+    require_types(path, checkpoint, types)
+    try:
+        json.dumps(checkpoint["args"], allow_nan=False)
+    except Exception as error:
+        sys.exit(f"error: {path}: args are no plain values ({first_line(error)})")
     return checkpoint
 
 
@@ -703,6 +741,26 @@ def success_probabilities(episode, episode_returns, c):
     num_windows = np.bincount(episode, minlength=len(weight))
     p = weight[episode] / num_windows[episode]
     return p / p.sum()
+
+
+def pick_windows(episode, episode_returns, top, min_return):
+    """Returns the windows of the share top of the episodes that have the largest returns (E.2).
+
+    episode [W] names each window's episode; episode_returns [E]. min_return leaves out episodes
+    with less; None leaves out none.
+    """
+    best_first = np.argsort(-episode_returns, kind="stable")
+    picked = np.zeros(len(episode_returns), bool)
+    picked[best_first[: math.ceil(top * len(episode_returns))]] = True
+    if min_return is not None:
+        picked &= episode_returns >= min_return
+    return np.flatnonzero(picked[episode])
+
+
+def amplify_rewards(rewards, terminals, penalty, alpha):
+    """Rewards times alpha (E.6); a negative one, too, moves upward. The penalty that a terminal
+    one holds is no reward and stays as it is. [R], [R] -> [R]"""
+    return amplified_return(rewards + penalty * terminals, alpha) - penalty * terminals
 
 
 def draw_sources(rng, num_windows, num_sources, probabilities=None):
@@ -748,6 +806,23 @@ def guided_denoiser(denoiser, x, sigma, y, w):
     return (w + 1) * conditional - w * unconditional
 
 
+def unconditional_denoiser(denoiser, x, sigma):
+    """D(x; sigma): the condition is dropped. x [B, H + 1, D], sigma a float"""
+    dropped = x.new_zeros(len(x))
+    return denoiser(x, torch.full_like(dropped, sigma), dropped, dropped)
+
+
+def inpainting_denoiser(denoise, rewards, x, sigma):
+    """E.6: denoise(x, sigma) with rewards [B, H] in place of its own, as they are known.
+
+    Where D is a constant r, every step of the sampler turns r + sigma n into r + sigma' n: the
+    rewards that it starts from stay in place at the right noise level, and end as r.
+    """
+    x = denoise(x, sigma)
+    x[:, :-1, -1] = rewards
+    return x
+
+
 def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
     """Stochastic Heun sampler (Karras et al., Algorithm 2) from noise level sigmas[0] to 0.
 
@@ -765,7 +840,82 @@ def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
     return x
 
 
+# --- reward proxy ---
+
+
+class RewardProxy(nn.Module):
+    """The reward that a state and an action earn (E.7). [..., obs_dim + act_dim] -> [...]"""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = mean, std  # [obs_dim + act_dim + 1], of the dataset, reward last
+        sizes = (len(mean) - 1, 256)
+        self.net = nn.Sequential(
+            *(nn.Linear(*sizes), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+        )
+
+    def forward(self, sa):
+        r = self.net((sa - self.mean[:-1]) / self.std[:-1]).squeeze(-1)
+        return r * self.std[-1] + self.mean[-1]
+
+
+def fit_reward_proxy(transitions, mean, std, num_steps=10_000, batch_size=256, lr=1e-3):
+    """Trains a RewardProxy on transitions, rows of s, a, r [M, obs_dim + act_dim + 1].
+
+    The learning rate falls to 0 as a cosine. Returns the network and the share of the rewards'
+    variance that it explains (R^2) on a twentieth of the transitions, which it has not seen.
+    """
+    order = torch.randperm(len(transitions), device=transitions.device)
+    train, held_out = transitions[order[len(order) // 20 :]], transitions[order[: len(order) // 20]]
+    proxy = RewardProxy(mean, std).to(transitions.device)
+    optimizer = torch.optim.Adam(proxy.parameters(), lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in tqdm(range(num_steps), desc="reward proxy", leave=False):
+        batch = train[torch.randint(len(train), (batch_size,), device=train.device)]
+        loss = ((proxy(batch[:, :-1]) - batch[:, -1]) / std[-1]).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    with torch.no_grad():
+        error = (proxy(held_out[:, :-1]) - held_out[:, -1]).pow(2).mean()
+    return proxy, 1 - (error / held_out[:, -1].var(correction=0)).item()
+
+
+def predict_rewards(dataset, buffer, mean, std):
+    """Returns the rewards [N, H] of the buffer's states and actions, without any penalty, as a
+    RewardProxy of the dataset predicts them, and its R^2."""
+    states, actions, rewards = (
+        np.concatenate([field(e) for e in dataset.episodes])
+        for field in (lambda e: e.observations[:-1], lambda e: e.actions, lambda e: e.rewards)
+    )
+    transitions = np.column_stack([states, actions, rewards]).astype(np.float32)
+    proxy, r_squared = fit_reward_proxy(torch.tensor(transitions, device=mean.device), mean, std)
+    sa = np.concatenate([buffer["observations"][:, :-1], buffer["actions"]], axis=-1)
+    with torch.no_grad():
+        parts = [
+            proxy(torch.tensor(part, device=mean.device)).cpu().numpy()
+            for part in np.array_split(sa, math.ceil(len(sa) / 10_000))
+        ]
+    return np.concatenate(parts), r_squared
+
+
 # --- output ---
+
+
+def name_augmentation(args, horizon):
+    """Returns the words that name what this run generates: gta(mu 0.25, alpha 1.1).
+
+    mu and alpha, then every other flag that makes a difference and is not at its default.
+    """
+    free = ("checkpoint", "out", "overwrite", "env", "num_transitions", "mu", "alpha", "batch_size")
+    free += ("seed", "device", "compile", "track", "wandb_project", "wandb_entity")
+    words = [f"mu {args.mu}"] + [f"alpha {args.alpha}"] * (args.condition != "none")
+    for key, value in plain_args(args).items():
+        if key not in free and value != getattr(Args, key):
+            name = key.replace("_", "-")
+            words.append(name if value is True else f"{name} {value}")
+    return f"gta({', '.join(words + [f'H {horizon}'] * (horizon != 31))})"
 
 
 def hash_weights(network):
@@ -810,36 +960,45 @@ def save_buffer(path, buffer, metadata):
 
 def correlation(x, y):
     """Pearson's correlation; NaN if one of the two does not vary. [N], [N] -> float"""
-    varies = np.ptp(x) > 0 and np.ptp(y) > 0
+    varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
 
 
 def summarise(buffer, source_rewards):
     """Returns what a user wants to know of the generated data at once. source_rewards [N, H]
 
-    Mean rewards leave terminal transitions out, whose rewards hold the penalty.
+    Mean rewards leave terminal transitions out, whose rewards hold the penalty. The correlations
+    are with the condition, if there is one.
     """
     alive = ~buffer["terminals"]
-    return {
+    summary = {
         "source_reward": float(source_rewards[alive].mean(dtype=np.float64)),
         "generated_reward": float(buffer["rewards"][alive].mean(dtype=np.float64)),
-        "source_correlation": correlation(buffer["condition"], source_rewards.sum(1)),
-        "generated_correlation": correlation(buffer["condition"], buffer["rewards"].sum(1)),
     }
+    if "condition" in buffer:
+        summary |= {
+            "source_correlation": correlation(buffer["condition"], source_rewards.sum(1)),
+            "generated_correlation": correlation(buffer["condition"], buffer["rewards"].sum(1)),
+        }
+    return summary
 
 
-@explain_out_of_memory("--batch-size or --num-transitions")
+@end_in_one_line("--batch-size or --num-transitions")
 def main(args):
     require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
     require_positive(args, "alpha", "batch_size", "reweight_u", "reweight_q")
     require_between(args, 1, 10**9, "num_transitions")
-    require_positive(args, "sigma_min", "sigma_max", "rho", "s_noise")
-    require_between(args, 0, 1e6, "guidance", "s_churn", "s_min", "reweight_bins")
+    require_positive(args, "s_noise")
+    require_between(args, 1e-6, 1e6, "sigma_min", "sigma_max")
+    require_between(args, 0.1, 1000, "rho")
+    require_between(args, 0, 1e6, "guidance", "s_churn", "s_min", "s_max", "reweight_bins")
     require_between(args, 2, 1e6, "num_steps")
     require_between(args, 1, 1e12, "success_weight")
+    require(0 < args.source_top <= 1, f"--source-top {args.source_top}: must lie in (0, 1]")
+    require_between(args, -1e12, 1e12, "source_min_return")
     require_between(args, 0, 2**32, "seed")
     require(args.sigma_min < args.sigma_max, "--sigma-min must be less than --sigma-max")
-    require(args.s_max >= args.s_min, "--s-max must not be less than --s-min")
+    require(args.s_min <= args.s_max, "--s-max must not be less than --s-min")
     require(
         args.reweight_bins == 0 or args.success_weight == 1,
         "--reweight-bins is for dense rewards, --success-weight for sparse ones: choose one",
@@ -851,10 +1010,15 @@ def main(args):
 
     checkpoint = load_checkpoint(args.checkpoint)
     trained = checkpoint["args"]
+    types = dict.fromkeys(("gamma", "terminal_penalty", "return_scale"), int | float)
+    require_types(f"{args.checkpoint}: args", trained, {**types, "dim": int})
     try:
         horizon, obs_dim, act_dim = (checkpoint[k] for k in ("horizon", "obs_dim", "act_dim"))
         denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"])
-        denoiser.load_state_dict(checkpoint["ema"])
+        load_weights(denoiser, checkpoint["ema"])
+        zeros = torch.zeros(obs_dim + act_dim + 1)
+        if not has_form(checkpoint["normalizer"], {"mean": zeros, "std": zeros}):
+            raise ValueError("the normalizer is of other data")
         mean, std = (checkpoint["normalizer"][k].to(device) for k in ("mean", "std"))
     except Exception as error:
         sys.exit(f"error: {args.checkpoint}: does not fit together ({first_line(error)})")
@@ -862,8 +1026,8 @@ def main(args):
     dataset = load_dataset(args.env or checkpoint["env"])
     require(
         dataset.ids == checkpoint["dataset_ids"],
-        f"--checkpoint {args.checkpoint}: trained on {'+'.join(checkpoint['dataset_ids'])}, "
-        f"not on {'+'.join(dataset.ids)}",
+        f"--checkpoint {args.checkpoint}: trained on "
+        f"{'+'.join(map(str, checkpoint['dataset_ids']))}, not on {'+'.join(dataset.ids)}",
     )
     data_sha256 = fingerprint(dataset)
     same_data = data_sha256 == checkpoint["data_sha256"]
@@ -876,6 +1040,7 @@ def main(args):
         "format": "gta-buffer",
         "format_version": 1,
         "method": "gta",
+        "label": name_augmentation(args, horizon),
         "env": args.env or checkpoint["env"],
         "dataset_ids": dataset.ids,
         "data_sha256": data_sha256,
@@ -894,22 +1059,35 @@ def main(args):
 
         wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=plain_args(args))
 
-    y = windows.y * trained["return_scale"]
+    episode_returns = np.array([e.rewards.sum() for e in dataset.episodes])
+    picked = pick_windows(windows.episode, episode_returns, args.source_top, args.source_min_return)
+    require(
+        len(picked), "--source-top, --source-min-return: no episode is left that has H transitions"
+    )
+    y = windows.y[picked] * trained["return_scale"]
     probabilities = None
     if args.reweight_bins:
         probabilities = reweighted_probabilities(
             y, args.reweight_bins, args.reweight_u, args.reweight_q
         )
     elif args.success_weight > 1:
-        episode_returns = np.array([e.rewards.sum() for e in dataset.episodes])
-        probabilities = success_probabilities(windows.episode, episode_returns, args.success_weight)
+        episode = windows.episode[picked]
+        probabilities = success_probabilities(episode, episode_returns, args.success_weight)
     num_sources = math.ceil(args.num_transitions / horizon)
-    sources = draw_sources(rng, len(y), num_sources, probabilities)
-    condition = amplified_return(y[sources], args.alpha)
+    drawn = draw_sources(rng, len(picked), num_sources, probabilities)
+    sources = picked[drawn]
+    y_source = y[drawn]
+    if args.condition == "fixed":
+        y_source = np.full(num_sources, windows.y.max() * trained["return_scale"])
+    condition = amplified_return(y_source, args.alpha)
 
     sigmas = noise_schedule(args.num_steps, args.sigma_min, args.sigma_max, args.rho)
     gamma = min(args.s_churn / args.num_steps, math.sqrt(2) - 1)
-    rows = (torch.tensor(windows.rows, device=device) - mean) / std
+    penalty = 0.0 if "maze" in dataset.env_id.lower() else trained["terminal_penalty"]
+    known = windows.rows.copy()
+    if args.condition == "inpaint":
+        known[:, -1] = amplify_rewards(known[:, -1], windows.terminals, penalty, args.alpha)
+    rows = (torch.tensor(known, device=device) - mean) / std
     low, high = dataset.source.action_space.low, dataset.source.action_space.high
 
     @torch.no_grad()
@@ -917,9 +1095,13 @@ def main(args):
         """Augments the windows sources[batch]; returns their rows [B, H + 1, D] in real units."""
         start = torch.tensor(windows.start[sources[batch]], device=device)
         y_hat = torch.tensor(condition[batch], dtype=torch.float32, device=device)
-        x = gather_windows(rows, start, horizon, obs_dim)
-        x, levels = partial_noise(x, sigmas, args.mu)
-        denoise = partial(guided_denoiser, denoiser, y=y_hat, w=args.guidance)
+        source = gather_windows(rows, start, horizon, obs_dim)
+        x, levels = partial_noise(source, sigmas, args.mu)
+        denoise = partial(unconditional_denoiser, denoiser)
+        if args.condition in ("amplified", "fixed"):
+            denoise = partial(guided_denoiser, denoiser, y=y_hat, w=args.guidance)
+        elif args.condition == "inpaint":
+            denoise = partial(inpainting_denoiser, denoise, source[:, :-1, -1])
         x = edm_sampler(denoise, x, levels, gamma, args.s_min, args.s_max, args.s_noise)
         return (x * std + mean).cpu().numpy()
 
@@ -932,8 +1114,9 @@ def main(args):
         "episode": windows.episode[sources].astype(np.int32),
         "timestep": windows.timestep[sources].astype(np.int32),
         "return_to_go": windows.return_to_go[sources],
-        "condition": (condition / trained["return_scale"]).astype(np.float32),
     }
+    if args.condition in ("amplified", "fixed"):
+        buffer["condition"] = (condition / trained["return_scale"]).astype(np.float32)
     started = time.time()
     with catch_signals() as caught, tqdm(total=num_sources, unit="traj") as progress:
         for i in range(0, num_sources, args.batch_size):
@@ -946,12 +1129,20 @@ def main(args):
             if caught.is_set():
                 progress.close()
                 sys.exit(f"interrupted; {args.out} was not written")
-    if args.restore_terminal_reward and "maze" not in dataset.env_id.lower():
-        buffer["rewards"] += trained["terminal_penalty"] * buffer["terminals"]
+    if args.reward_proxy:
+        rewards, r_squared = predict_rewards(dataset, buffer, mean, std)
+        print(f"reward proxy: R^2 {r_squared:.4f} on transitions it has not seen")
+        buffer["rewards"] = rewards - np.float32(penalty) * buffer["terminals"]
+    if args.restore_terminal_reward:
+        buffer["rewards"] += penalty * buffer["terminals"]
 
     for key, array in buffer.items():
         finite = np.isfinite(array).all()
-        require(finite, f"generated {key} are not all finite; {args.out} was not written")
+        require(
+            finite,
+            f"generated {key} are not all finite; {args.out} was not written; try --alpha or "
+            "--guidance nearer to 1, --sigma-min and --sigma-max nearer to their defaults",
+        )
     save_buffer(args.out, buffer, metadata)
 
     summary = summarise(buffer, windows.rows[steps, -1])
@@ -960,10 +1151,13 @@ def main(args):
         f"wrote {args.out} ({size:.1f} MB, {minutes:.1f} min): {num_sources} subtrajectories, "
         f"{num_sources * horizon} transitions\n"
         f"mean reward: sources {summary['source_reward']:.3f}, generated "
-        f"{summary['generated_reward']:.3f} (terminal transitions left out)\n"
-        "correlation of the condition with a subtrajectory's return: sources "
-        f"{summary['source_correlation']:.3f}, generated {summary['generated_correlation']:.3f}"
+        f"{summary['generated_reward']:.3f} (terminal transitions left out)"
     )
+    if "condition" in buffer:
+        print(
+            "correlation of the condition with a subtrajectory's return: sources "
+            f"{summary['source_correlation']:.3f}, generated {summary['generated_correlation']:.3f}"
+        )
     if args.track:
         wandb.log(summary)
 

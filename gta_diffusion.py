@@ -27,6 +27,7 @@ Writes: diffusion.pt (--out), which gta_augment.py turns into a buffer of augmen
 import copy
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import re
@@ -114,23 +115,25 @@ class Args:
 def require(condition, message):
     """Ends the program with one line and exit code 1 unless the condition holds."""
     if not condition:
-        sys.exit(f"error: {message}")
+        sys.exit(" ".join(f"error: {message}".split()))  # it may quote a file's line breaks
 
 
 def require_positive(args, *names):
-    """Ends the program with one line unless all named arguments are positive."""
+    """Ends the program with one line unless all named arguments are positive, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+        fits = value is None or 0 < value < 1e12
+        require(fits, f"{flag} {value}: must be positive and less than 1e12")
 
 
 def require_between(args, low, high, *names):
-    """Ends the program with one line unless all named arguments are within the bounds."""
+    """Ends the program with one line unless all named arguments are within the bounds, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
+        fits = value is None or low <= value <= high
+        require(fits, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -159,7 +162,50 @@ def plain_args(args):
 
 def first_line(error):
     """Returns what an exception says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require_types(where, values, types):
+    """Ends the program with one line unless values, a dictionary from a file, holds what types
+    names, of these types. Strings must be printable."""
+    for key, type_ in types.items():
+        value = values.get(key)
+        fits = key in values and isinstance(value, type_)
+        fits &= not isinstance(value, str) or value.isprintable()
+        require(fits, f"{where}: lacks {key}, or it is of another type")
+
+
+def has_form(x, form):
+    """Whether x has the keys, shapes and types of form, nested dictionaries of tensors, and finite
+    numbers only."""
+    if isinstance(form, dict):
+        same_keys = isinstance(x, dict) and x.keys() == form.keys()
+        return same_keys and all(has_form(x[key], form[key]) for key in form)
+    same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
+    return same and bool(x.isfinite().all())
+
+
+def put_moments(optimizer, state):
+    """Puts back the state of an Adam, {number of the parameter: its moments}, from a file. Raises
+    ValueError if it belongs to other parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {}
+    for i, own in state.items():
+        moments[i] = {key: torch.zeros_like(params[i]) for key in ("exp_avg", "exp_avg_sq")}
+        moments[i]["step"] = torch.zeros((), dtype=torch.float32)
+        if not has_form(own, moments[i]):
+            raise ValueError("the optimizer's state is of another network")
+        for key, x in moments[i].items():
+            x.copy_(own[key])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def load_weights(network, weights):
+    """Copies the weights from a file into a network. Raises ValueError if they do not fit."""
+    if not has_form(weights, network.state_dict()):
+        raise ValueError("the weights are of another network, or not finite")
+    network.load_state_dict(weights)
 
 
 def write_atomically(path, write):
@@ -198,10 +244,12 @@ def require_writable(flag, path):
 
 
 @contextmanager
-def explain_out_of_memory(flags):
-    """Ends the program with one line if memory runs out: which flags lower it."""
+def end_in_one_line(flags):
+    """Ends the program with one line on Ctrl-C, or if memory runs out: which flags lower it."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (RuntimeError, MemoryError) as error:
         is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if is_it or "can't allocate memory" in str(error):
@@ -287,7 +335,8 @@ def resolve_env(env):
 def find_minari(source):
     """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
     id that is not there yet is downloaded from Minari's hub."""
-    for folder in (Path(source), Path(__file__).parent / source):
+    here = Path(__file__).parent
+    for folder in (Path(source), here / source, here.parent / source):  # the last: baselines/
         if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
@@ -348,6 +397,7 @@ def load_dataset(env):
             f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        require_types(f"--env {name}: metadata", source.storage.metadata, {"dataset_id": str})
         sources.append(source)
         dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
@@ -675,25 +725,19 @@ def load_checkpoint(path):
             damaged = file.testzip()  # compares checksums, which torch.load does not
         require(not damaged, f"{path}: not a whole checkpoint, {damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kind, version = checkpoint["format"], checkpoint["format_version"]
+        kind, version = str(checkpoint["format"]), int(checkpoint["format_version"])
     except Exception as error:
         kind = type(error).__name__
         sys.exit(f"error: {path}: not a whole checkpoint of gta_diffusion.py ({kind})")
     require(kind == "gta-diffusion", f"{path}: a {kind} file, not one of gta_diffusion.py")
     require(version == 2, f"{path}: format version {version}; this program reads version 2")
-    keys = (
-        "args",
-        "env",
-        "dataset_ids",
-        "data_sha256",
-        "normalizer",
-        "model",
-        "ema",
-        "step",
-        "rng",
-    )
-    missing = [key for key in keys if key not in checkpoint]
-    require(not missing, f"{path}: lacks {', '.join(missing)}")
+    types = {"args": dict, "env": str, "dataset_ids": list, "data_sha256": str, "step": int}
+    types |= {"normalizer": dict, "model": dict, "ema": dict, "rng": dict}
+    require_types(path, checkpoint, types)
+    try:
+        json.dumps(checkpoint["args"], allow_nan=False)
+    except Exception as error:
+        sys.exit(f"error: {path}: args are no plain values ({first_line(error)})")
     return checkpoint
 
 
@@ -717,6 +761,7 @@ def find_start(args, data_sha256):
     same = checkpoint["data_sha256"] == data_sha256
     require(same, f"{args.out} was trained on other data, {args.env} has changed; {advice}")
     step = checkpoint["step"]
+    require(0 <= step <= args.train_steps, f"{args.out}: step {step} of {args.train_steps}")
     require(
         args.resume or step == args.train_steps,
         f"{args.out} is at step {step} of {args.train_steps} of the same run; "
@@ -725,7 +770,7 @@ def find_start(args, data_sha256):
     return checkpoint
 
 
-@explain_out_of_memory("--batch-size or --dim")
+@end_in_one_line("--batch-size or --dim")
 def main(args):
     rows_ok = args.horizon == 1 or (args.horizon > 1 and (args.horizon + 1) % 8 == 0)
     require(rows_ok, f"--horizon {args.horizon}: must be 1 or one less than a multiple of 8")
@@ -770,10 +815,10 @@ def main(args):
     kept = f"{args.out} keeps the last checkpoint, if there is one; try a lower --lr"
     if checkpoint:
         try:
-            denoiser.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scheduler.load_state_dict(checkpoint["scheduler"])
+            load_weights(denoiser, checkpoint["model"])
+            load_weights(ema, checkpoint["ema"])
+            put_moments(optimizer, checkpoint["optimizer"]["state"])
+            scheduler.step(checkpoint["step"])  # the learning rate depends on nothing else
             set_rng_state(checkpoint["rng"], device)
         except Exception as error:
             sys.exit(f"error: {args.out}: does not fit together ({first_line(error)})")
@@ -801,7 +846,6 @@ def main(args):
             "model": denoiser.state_dict(),
             "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
             "step": step,
             "rng": get_rng_state(device),
         }

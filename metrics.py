@@ -27,11 +27,14 @@ Reads:  buffers of gta_augment.py and the dataset that they were made from; or f
 Writes: metrics.json (--out) and a figure (--plot); with --runs nothing
 """
 
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -65,6 +68,9 @@ class Args:
     env: str | None = None
     """where the dataset of --aug is: a short name (hopper-medium), a Minari id, a folder, or
     several of them joined by +. Default: as the buffers name it"""
+    s4rl_sigma: float = 0.0
+    """> 0 adds a column for the S4RL baseline: the dataset with noise of this standard deviation on
+    its standardised states, as the learners' flag makes it (C.1: 3e-4)"""
     num_transitions: int = 1_000_000
     """transitions to measure of each buffer, drawn at random as whole subtrajectories (appendix D),
     and of the dataset; all, where there are fewer"""
@@ -92,23 +98,25 @@ class Args:
 def require(condition, message):
     """Ends the program with one line and exit code 1 unless the condition holds."""
     if not condition:
-        sys.exit(f"error: {message}")
+        sys.exit(" ".join(f"error: {message}".split()))  # it may quote a file's line breaks
 
 
 def require_positive(args, *names):
-    """Ends the program with one line unless all named arguments are positive."""
+    """Ends the program with one line unless all named arguments are positive, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(0 < value < 1e12, f"{flag} {value}: must be positive and less than 1e12")
+        fits = value is None or 0 < value < 1e12
+        require(fits, f"{flag} {value}: must be positive and less than 1e12")
 
 
 def require_between(args, low, high, *names):
-    """Ends the program with one line unless all named arguments are within the bounds."""
+    """Ends the program with one line unless all named arguments are within the bounds, or None."""
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(low <= value <= high, f"{flag} {value}: must be between {low} and {high}")
+        fits = value is None or low <= value <= high
+        require(fits, f"{flag} {value}: must be between {low} and {high}")
 
 
 def pick_device(name):
@@ -137,7 +145,17 @@ def plain_args(args):
 
 def first_line(error):
     """Returns what an exception says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require_types(where, values, types):
+    """Ends the program with one line unless values, a dictionary from a file, holds what types
+    names, of these types. Strings must be printable."""
+    for key, type_ in types.items():
+        value = values.get(key)
+        fits = key in values and isinstance(value, type_)
+        fits &= not isinstance(value, str) or value.isprintable()
+        require(fits, f"{where}: lacks {key}, or it is of another type")
 
 
 def write_atomically(path, write):
@@ -176,15 +194,30 @@ def require_writable(flag, path):
 
 
 @contextmanager
-def explain_out_of_memory(flags):
-    """Ends the program with one line if memory runs out: which flags lower it."""
+def end_in_one_line(flags):
+    """Ends the program with one line on Ctrl-C, or if memory runs out: which flags lower it."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (RuntimeError, MemoryError) as error:
         is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if is_it or "can't allocate memory" in str(error):
             sys.exit(f"error: out of memory; lower {flags}")
         raise
+
+
+def provenance():
+    """Returns the versions of the packages, and the git commit if there is one."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    return {"versions": versions, "commit": commit or None}
 
 
 # --- dataset ---
@@ -232,7 +265,8 @@ def resolve_env(env):
 def find_minari(source):
     """Returns the folder of a dataset: source itself, or an id's in the local cache, to which an
     id that is not there yet is downloaded from Minari's hub."""
-    for folder in (Path(source), Path(__file__).parent / source):
+    here = Path(__file__).parent
+    for folder in (Path(source), here / source, here.parent / source):  # the last: baselines/
         if source and folder.is_dir():
             metadata = folder / "data" / "metadata.json"
             require(metadata.is_file(), f"--env {source}: no Minari dataset there ({metadata})")
@@ -293,6 +327,7 @@ def load_dataset(env):
             f"--env {name}: actions must be vectors of real numbers, not {action_space}",
         )
         require(source.env_spec, f"--env {name}: the dataset does not name its environment")
+        require_types(f"--env {name}: metadata", source.storage.metadata, {"dataset_id": str})
         sources.append(source)
         dims.add((*flat.shape, *action_space.shape))
         for e in raw_episodes:
@@ -324,6 +359,16 @@ def load_dataset(env):
     return Dataset(name, ids, env_ids[0], episodes, sources[0])
 
 
+def fingerprint(dataset, buffer=None):
+    """Returns a hash of all that the dataset and the buffer, if there is one, hold."""
+    digest = hashlib.sha256()
+    for array in [array for episode in dataset.episodes for array in episode]:
+        digest.update(np.ascontiguousarray(array))
+    for key in sorted(buffer or ()):
+        digest.update(np.ascontiguousarray(buffer[key]))
+    return digest.hexdigest()
+
+
 def read_buffer(path):
     """Reads buffer.npz. Returns its arrays (the README lists them) and its metadata.
 
@@ -332,26 +377,24 @@ def read_buffer(path):
     require(path.is_file(), f"--aug {path}: no such file; gta_augment.py writes it")
     try:
         with np.load(path, allow_pickle=False) as file:
-            buffer = {key: file[key] for key in file.files}
+            buffer = {key: np.asarray(file[key]) for key in file.files}
     except Exception as error:
         sys.exit(f"error: --aug {path}: not a whole buffer.npz ({type(error).__name__})")
     try:
         metadata = json.loads(str(buffer.pop("metadata")))
         kind, version = metadata["format"], metadata["format_version"]
-    except (KeyError, TypeError, ValueError):
+    except Exception:
         sys.exit(f"error: --aug {path}: no buffer, it lacks metadata in JSON with its format")
     require(kind == "gta-buffer", f"--aug {path}: a {kind} file, not a buffer of trajectories")
     require(version == 1, f"--aug {path}: format version {version}; this program reads version 1")
     keys = ("observations", "actions", "rewards", "terminals")
     require(all(key in buffer for key in keys), f"--aug {path}: lacks one of {', '.join(keys)}")
-    types = {"method": str, "env": str, "dataset_ids": list}
-    require(
-        all(isinstance(metadata.get(name), type_) for name, type_ in types.items()),
-        f"--aug {path}: its metadata needs method and env, strings, and dataset_ids, a list",
-    )
+    types = {"method": str, "env": str, "dataset_ids": list, "label": str, "env_id": str}
+    optional = {"label": "", "env_id": ""}
+    require_types(f"--aug {path}: metadata", {**optional, **metadata}, types)
     observations, actions, rewards, terminals = (buffer[key] for key in keys)
-    fits = actions.ndim == 3 and observations.shape[1:2] == (actions.shape[1] + 1,)
-    fits &= len(observations) == len(actions) > 0 and observations.ndim == 3
+    fits = observations.ndim == actions.ndim == 3 and len(observations) == len(actions) > 0
+    fits = fits and observations.shape[1] == actions.shape[1] + 1
     fits &= rewards.shape == terminals.shape == actions.shape[:2] and rewards.size > 0
     for key in ("episode", "timestep", "return_to_go", "condition"):
         fits &= key not in buffer or buffer[key].shape == actions.shape[:1]
@@ -366,7 +409,7 @@ def read_buffer(path):
 
 def require_fit(path, buffer, metadata, dataset):
     """Ends the program with one line unless the buffer was made from the dataset."""
-    made_from, ids = "+".join(metadata["dataset_ids"]), "+".join(dataset.ids)
+    made_from, ids = "+".join(map(str, metadata["dataset_ids"])), "+".join(dataset.ids)
     require(
         made_from == ids, f"--aug {path}: made from {made_from}, which contradicts --env, {ids}"
     )
@@ -382,8 +425,7 @@ def require_fit(path, buffer, metadata, dataset):
 
 def describe_buffer(metadata):
     """Returns the words that name an augmentation: gta(mu 0.25, alpha 1.1)."""
-    settings = [f"{key} {metadata[key]}" for key in ("mu", "alpha") if key in metadata]
-    return metadata["method"] + (f"({', '.join(settings)})" if settings else "")
+    return str(metadata.get("label", metadata["method"]))
 
 
 class Sample(NamedTuple):
@@ -415,7 +457,16 @@ def sample_dataset(dataset, num_transitions, rng):
     return Sample(*columns, penalised=np.zeros((len(index), 1), bool), condition=None)
 
 
-def sample_buffer(buffer, metadata, num_transitions, rng):
+def add_state_noise(sample, std, sigma, rng):
+    """S4RL: Gaussian noise of sigma deviations std [obs_dim] on s and s'."""
+
+    def add_noise(s):
+        return s + sigma * std * rng.normal(size=s.shape)
+
+    return sample._replace(s=add_noise(sample.s), s_next=add_noise(sample.s_next))
+
+
+def sample_buffer(buffer, metadata, env_id, num_transitions, rng):
     """Draws whole subtrajectories of a buffer without replacement."""
     actions, condition = buffer["actions"], buffer.get("condition")
     index = np.arange(len(actions))
@@ -424,7 +475,7 @@ def sample_buffer(buffer, metadata, num_transitions, rng):
         index = np.sort(rng.choice(index, num_windows, replace=False))
     observations, terminal = buffer["observations"][index], buffer["terminals"][index]
     penalty = metadata["method"] == "gta" and not metadata.get("restore_terminal_reward")
-    penalty &= "maze" not in metadata.get("env_id", "").lower()  # A.1
+    penalty &= "maze" not in env_id.lower()  # A.1
     return Sample(
         s=observations[:, :-1],
         a=actions[index],
@@ -469,7 +520,7 @@ def make_reference(dataset):
 class Answers(NamedTuple):
     """What MuJoCo says, its state set to s and stepped with a. M transitions."""
 
-    s_next: np.ndarray  # [M, obs_dim]
+    s_next: np.ndarray  # [M, obs_dim]; NaN, as r, where the simulation breaks down
     r: np.ndarray  # [M]
     terminal: np.ndarray  # [M] bool: the environment would have terminated
     unhealthy: np.ndarray  # [M] 1 where it calls s so, NaN if it does not judge
@@ -491,6 +542,7 @@ def read_env_spec(dataset, which):
         raise ValueError(f"wrappers are not supported: {', '.join(wrappers)}")
     env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
     steps = spec.get("max_episode_steps")
+    steps = steps and int(steps)  # Minari's PointMaze datasets say 1000000.0
     return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
 
 
@@ -530,8 +582,12 @@ def ask_chunk(env_spec, chunk):
     for s, a in zip(*chunk):
         set_state(env, s.astype(np.float64))
         unhealthy = not env.is_healthy if hasattr(env, "is_healthy") else np.nan
+        warnings = getattr(env, "point_env", env).data.warning.number
+        warnings[:] = 0
         observation, reward, terminated, _, _ = env.step(a)
         flat = gym.spaces.utils.flatten(env.observation_space, observation)
+        if warnings.any():  # numbers out of all bounds: MuJoCo has gone back to its start
+            flat, reward = np.full_like(flat, np.nan), np.nan
         answers.append((flat, reward, terminated, unhealthy))
     return Answers(*(np.array(column) for column in zip(*answers)))
 
@@ -561,30 +617,30 @@ def ask_oracle(env_spec, s, a, workers, label):
 
 
 def find_oracle(dataset, std):
-    """Returns the environment's arguments in JSON if MuJoCo reproduces what was recorded.
+    """Returns the environment's arguments in JSON if MuJoCo reproduces what was recorded, else
+    None, and a sentence that says so.
 
-    Prints the shares of at most 500 recorded transitions whose next state and whose reward it
-    reproduces. They are below 1 where velocities were clipped when they were observed (for random
-    actions in Walker2d, three quarters of them). Below a twentieth there is no oracle: None.
+    It is tried on at most 500 recorded transitions. It fails where velocities were clipped when
+    they were observed (for random actions in Walker2d, three quarters of them). If it succeeds for
+    less than a twentieth, there is no oracle.
     """
     recorded = sample_dataset(dataset, 500, np.random.default_rng(0))
     try:
         env_spec = json.dumps(read_env_spec(dataset, "env_spec"))
         answers = ask_chunk(env_spec, (recorded.s[:, 0], recorded.a[:, 0]))
         same_state = dynamic_error(recorded.s_next[:, 0], answers.s_next, std) < 1e-6
+    except ModuleNotFoundError:
+        return None, f"none for {dataset.env_id} (it takes pip install gymnasium-robotics)"
     except Exception as error:  # whatever an unknown environment does
-        print(f"oracle: none for {dataset.env_id} ({first_line(error)})")
-        return None
+        return None, f"none for {dataset.env_id} ({first_line(error)})"
     same_reward = np.abs(recorded.r[:, 0] - answers.r) < 1e-3
     shares = (
         f"MuJoCo reproduces {same_state.mean():.1%} of the recorded next states, "
         f"{same_reward.mean():.1%} of the rewards"
     )
     if same_state.mean() < 0.05:
-        print(f"oracle: none for {dataset.env_id}: {shares}")
-        return None
-    print(f"oracle: {shares}")
-    return env_spec
+        return None, f"none for {dataset.env_id}: {shares}"
+    return env_spec, shares
 
 
 # --- metrics ---
@@ -595,16 +651,15 @@ def dynamic_error(s_next, s_true, std):
     return (((s_next - s_true) / std) ** 2).mean(axis=-1)
 
 
-def nearest_by_product(data, queries, rank):
-    """Distance from every query to its rank-th nearest row of data. [N, d], [B, d] -> [B]
+def nearest_by_product(data, half_squares, queries, rank):
+    """Distance from every query to its rank-th nearest row of data. [N, d], [N], [B, d] -> [B]
 
-    ||d||^2 / 2 - q . d, one matrix product in float32, finds the nearest rows but is no distance (a
-    copy's would not be 0). So some more candidates than needed are measured again in float64.
+    ||d||^2 / 2 - q . d, one matrix product in float64, ranks the rows; the distance to the ones it
+    finds is then taken from their difference, so that a copy's is 0.
     """
-    half_squares = (data**2).sum(dim=1).float() / 2
-    score = torch.addmm(half_squares, queries.float(), data.float().T, alpha=-1)
-    candidates = data[score.topk(min(rank + 3, len(data)), largest=False).indices]  # [B, 4, d]
-    return (candidates - queries[:, None]).norm(dim=-1).sort(dim=1).values[:, rank - 1]
+    score = torch.addmm(half_squares, queries, data.T, alpha=-1)
+    nearest = data[score.topk(min(rank, len(data)), largest=False).indices]  # [B, rank, d]
+    return (nearest - queries[:, None]).norm(dim=-1).amax(dim=1)
 
 
 def nearest_distance(data, queries, rank, device, bar):
@@ -612,15 +667,16 @@ def nearest_distance(data, queries, rank, device, bar):
     if device.type == "cpu":
         size, tree = 10_000, cKDTree(data)
     else:
-        size, centre = max(1, 200_000_000 // len(data)), data.mean(axis=0)  # for the product
+        size, centre = max(1, 100_000_000 // len(data)), data.mean(axis=0)  # for the product
         data, queries = (torch.from_numpy(x - centre).to(device) for x in (data, queries))
+        half_squares = (data**2).sum(dim=1) / 2
     distances = []
     for i in range(0, len(queries), size):
         chunk = queries[i : i + size]
         if device.type == "cpu":
             distances.append(tree.query(chunk, k=[rank], workers=-1)[0][:, 0])
         else:
-            distances.append(nearest_by_product(data, chunk, rank).cpu().numpy())
+            distances.append(nearest_by_product(data, half_squares, chunk, rank).cpu().numpy())
         bar.update(len(chunk))
     return np.concatenate(distances)
 
@@ -648,13 +704,16 @@ def novelty(reference, sample, rank, device, label):
 
 def correlation(x, y):
     """Pearson's correlation; NaN if one of the two does not vary. [N], [N] -> float"""
-    varies = np.ptp(x) > 0 and np.ptp(y) > 0
+    varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
 
 
-def measure(dataset, reference, sample, answers, device, label):
-    """All numbers of a sample by name. Rewards that hold a penalty, and subtrajectories with one,
-    are left out of the rewards and of the controllability."""
+def measure(dataset, reference, sample, answers, rank, device, label):
+    """All numbers of a sample by name; rank is novelty's.
+
+    Rewards that hold a penalty are left out of the rewards, subtrajectories with one out of the
+    controllability.
+    """
     counted = ~sample.penalised
     whole = counted.all(axis=1)
     space = dataset.source.action_space
@@ -669,17 +728,17 @@ def measure(dataset, reference, sample, answers, device, label):
         s_next = sample.s_next.reshape(answers.s_next.shape)
         error = dynamic_error(s_next, answers.s_next, reference.std[: s_next.shape[1]])
         numbers |= {
-            "oracle reward": answers.r.mean(),
-            "oracle reward, not penalised": answers.r.reshape(counted.shape)[counted].mean(),
-            "dynamic MSE": error.mean(),
-            "dynamic MSE, median": np.median(error),
+            "oracle reward": np.nanmean(answers.r),
+            "oracle reward, not penalised": np.nanmean(answers.r.reshape(counted.shape)[counted]),
+            "dynamic MSE": np.nanmean(error),
+            "dynamic MSE, median": np.nanmedian(error),
+            "broken down": np.isnan(answers.r).mean(),
             "oracle terminal": answers.terminal.mean(),
             "unhealthy states": answers.unhealthy.mean(),
         }
-    if sample.condition is not None and whole.sum() > 1:
+    if sample.condition is not None:
         returns = sample.r.sum(axis=1, dtype=np.float64)
         numbers["controllability"] = correlation(sample.condition[whole], returns[whole])
-    rank = 2 if label == "dataset" else 1
     return numbers | novelty(reference, sample, rank, device, label)
 
 
@@ -698,6 +757,7 @@ SCREEN = {  # number -> what the table on the screen says
     "state-action novelty, standardised, squared": "state-action novelty, squared",
     "state-action novelty, raw": "state-action novelty, raw",
     "state-action novelty, raw, squared": "state-action novelty, raw, squared",
+    "broken down": "share that MuJoCo cannot simulate",
     "controllability": "controllability (F.6)",
     "terminal": "share of terminals",
     "oracle terminal": "share of terminals by MuJoCo",
@@ -742,21 +802,23 @@ def draw_figure(path, dataset, samples, answers):
 
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     plt.rcParams["pdf.fonttype"] = 42  # TrueType, which publishers ask for
-    names = [name for name in samples if name != "dataset"]
-    size = (7.0, 2.6 * len(names))
-    figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
-    for (left, right), name in zip(axes, names):
-        sample, answer = samples[name], answers[name]
+    size, grid = (7.0, 2.6 * len(samples)), (len(samples), 2)
+    figure, axes = plt.subplots(*grid, figsize=size, squeeze=False, layout="constrained")
+    for (left, right), (name, sample) in zip(axes, samples.items()):
+        answer = answers[name]
         whole = ~sample.penalised.any(axis=1)
         returns = {
             "dataset": dataset_returns(dataset, sample.r.shape[1]),
             "generated": sample.r.sum(axis=1)[whole],
         }
         if answer:
-            returns["oracle"] = answer.r.reshape(sample.r.shape).sum(axis=1)[whole]
-        everything = np.concatenate(list(returns.values()))
-        num_bins = int(np.clip(math.sqrt(len(returns["generated"])), 5, 60))
-        bins = np.linspace(*np.quantile(everything, [0.002, 0.998]), num_bins + 1)
+            oracle = answer.r.reshape(sample.r.shape).sum(axis=1)[whole]
+            returns["oracle"] = oracle[np.isfinite(oracle)]
+        returns = {label: values for label, values in returns.items() if len(values)}
+        # without outliers, but with all of a small buffer that lies beyond a large dataset
+        low, high = zip(*(np.quantile(values, [0.002, 0.998]) for values in returns.values()))
+        num_bins = int(np.clip(math.sqrt(whole.sum()), 5, 60))
+        bins = np.histogram_bin_edges([], num_bins, (min(low), max(high)))
         for (label, values), colour in zip(returns.items(), ("0.6", "tab:blue", "tab:orange")):
             style = {"alpha": 0.5} if label == "dataset" else {"histtype": "step", "linewidth": 1.4}
             left.hist(values, bins, density=True, color=colour, label=label, **style)
@@ -765,7 +827,7 @@ def draw_figure(path, dataset, samples, answers):
         if sample.condition is None:
             right.set_axis_off()
             continue
-        x, y = sample.condition[whole], returns["generated"]
+        x, y = sample.condition[whole], sample.r.sum(axis=1)[whole]
         shown = np.random.default_rng(0).permutation(len(x))[:5000]
         right.scatter(x[shown], y[shown], s=4, alpha=0.3, linewidths=0, rasterized=True)
         title = f"Pearson's r = {correlation(x, y):.2f}"
@@ -792,22 +854,31 @@ def measure_buffers(args):
         dataset = dataset or load_dataset(args.env or metadata["env"])
         require_fit(path, buffer, metadata, dataset)
         rng = np.random.default_rng(args.seed)
-        sample = sample_buffer(buffer, metadata, args.num_transitions, rng)
-        loaded.append((describe_buffer(metadata), sample, {"file": str(path), **metadata}))
+        sample = sample_buffer(buffer, metadata, dataset.env_id, args.num_transitions, rng)
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        about = {**metadata, "file": str(path), "sha256": sha256}
+        loaded.append((describe_buffer(metadata), sample, about))
     rng = np.random.default_rng(args.seed)
     samples, buffers = {"dataset": sample_dataset(dataset, args.num_transitions, rng)}, {}
-    labels = [label for label, _, _ in loaded]
+    labels = ["dataset"] + [label for label, _, _ in loaded]
     for label, sample, about in loaded:
         name = label if labels.count(label) == 1 else f"{label} {about['file']}"
         samples[name], buffers[name] = sample, about
 
     reference = make_reference(dataset)
-    env_spec = find_oracle(dataset, reference.std[: samples["dataset"].s.shape[-1]])
+    state_std = reference.std[: samples["dataset"].s.shape[-1]]
+    if args.s4rl_sigma:
+        noised = add_state_noise(samples["dataset"], state_std, args.s4rl_sigma, rng)
+        samples[f"s4rl({args.s4rl_sigma})"] = noised
+    env_spec, oracle = find_oracle(dataset, state_std)
+    print(f"oracle: {oracle}")
     answers, numbers = {}, {}
     for name, sample in samples.items():
         s, a = (x.reshape(-1, x.shape[-1]) for x in (sample.s, sample.a))
         answers[name] = ask_oracle(env_spec, s, a, args.workers, name) if env_spec else None
-        own_numbers = measure(dataset, reference, sample, answers[name], device, name)
+        rank = 2 if name == "dataset" else 1
+        own_numbers = measure(dataset, reference, sample, answers[name], rank, device, name)
         numbers[name] = {key: plain_number(number) for key, number in own_numbers.items()}
 
     rows = [[dataset.name, *samples]]
@@ -820,14 +891,17 @@ def measure_buffers(args):
         "dataset": dataset.name,
         "dataset_ids": dataset.ids,
         "env_id": dataset.env_id,
-        "oracle": env_spec is not None,
+        "data_sha256": fingerprint(dataset),
+        "standardisation": {"mean": reference.mean.tolist(), "std": reference.std.tolist()},
+        "oracle": oracle,
+        **provenance(),
         "args": {**plain_args(args), "aug": [str(path) for path in args.aug], "runs": []},
     }
     text = json.dumps(report, indent=2) + "\n"
     write_atomically(args.out, lambda file: file.write(text.encode()))
     print(f"wrote {args.out}")
     if args.plot:
-        draw_figure(args.plot, dataset, samples, answers)
+        draw_figure(args.plot, dataset, {name: samples[name] for name in buffers}, answers)
         print(f"wrote {args.plot}")
     if args.track:
         import wandb
@@ -851,11 +925,14 @@ def read_run(folder):
     """Reads the folder of a run. None, with a line, for one that has not come to its end."""
     try:
         config = json.loads((folder / "config.json").read_text())
+        types = {"script": str, "aug_label": str, "dataset": str, "train_steps": int}
+        require_types(f"--runs {folder}", config, {**types, "num_seeds": int})
         evals = folder / "evals.csv"
         lines = evals.read_text().splitlines()[1:] if evals.exists() else []
         last = max((int(line.split(",")[0]) for line in lines), default=0)
         rows = [line.split(",") for line in lines]
         scores = {int(seed): float(score) for step, seed, _, score in rows if int(step) == last}
+        require(all(map(math.isfinite, scores.values())), f"--runs {folder}: scores that are NaN")
         steps, num_seeds = config["train_steps"], config["num_seeds"]
         free = {"seed", "num_seeds", "env", "aug", "runs", "resume", "device", "compile", "track"}
         free |= {"wandb_project", "wandb_entity", "reference_returns", "versions", "commit"}
@@ -879,6 +956,9 @@ def collect_runs(folders):
     table, settings = defaultdict(lambda: defaultdict(dict)), {}
     by_time = sorted(folders, key=lambda folder: folder.name.split("-")[-3:])
     for folder in by_time:
+        if folder.is_file():
+            print(f"left out: {folder} is no folder", file=sys.stderr)
+            continue
         run = read_run(folder)
         if run is None:
             continue
@@ -935,6 +1015,7 @@ def tabulate_runs(args):
         rows.append([algorithm + ("" if aug == "none" else f" + {aug}"), *cells])
     note = "mean +- deviation (number of seeds) of the last evaluation's scores"
     note += "; an average needs the same seeds everywhere" if len(environments) > 1 else ""
+    note += "; deviations are over n, the t-test's over n - 1"
     print(note, file=sys.stderr)
     print(render(rows, args.table))
     tests = [["Welch's t-test", "", "difference", "t", "df", "p"]]
@@ -953,23 +1034,22 @@ def tabulate_runs(args):
         print(note, file=sys.stderr)
 
 
-@explain_out_of_memory("--num-transitions")
+@end_in_one_line("--num-transitions")
 def main(args):
     require(bool(args.aug) != bool(args.runs), "give either --aug buffer.npz or --runs runs/*")
     require_positive(args, "num_transitions", "workers")
+    require_between(args, 0, 1e6, "s4rl_sigma")
     require_between(args, 0, 2**32, "seed")
     if args.runs:
         require(args.plot is None and args.env is None, "--runs goes with neither --plot nor --env")
         return tabulate_runs(args)
+    require(args.out.suffix == ".json", f"--out {args.out}: must end in .json")
     require_writable("--out", args.out)
     if args.plot:
-        require_writable("--plot", args.plot)
         known = args.plot.suffix in (".png", ".pdf", ".svg")
         require(known, f"--plot {args.plot}: must end in .png, .pdf or .svg")
-    try:
-        measure_buffers(args)
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; {args.out} was not written")
+        require_writable("--plot", args.plot)
+    measure_buffers(args)
 
 
 if __name__ == "__main__":

@@ -262,10 +262,12 @@ def require_writable(flag, path):
 
 
 @contextmanager
-def explain_out_of_memory(flags):
-    """Ends the program with one line if memory runs out: which flags lower it."""
+def end_in_one_line(flags):
+    """Ends the program with one line on Ctrl-C, or if memory runs out: which flags lower it."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (RuntimeError, MemoryError) as error:
         is_it = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if is_it or "can't allocate memory" in str(error):
@@ -834,7 +836,7 @@ def generate(args, denoiser, transitions, action_space, device):
     return buffer
 
 
-@explain_out_of_memory("--batch-size, --sample-batch-size, --width or --num-transitions")
+@end_in_one_line("--batch-size, --sample-batch-size, --width or --num-transitions")
 def main(args):
     require_positive(args, "width", "train_steps", "lr", "ema_every", "save_every")
     require_positive(args, "batch_size", "p_std", "max_grad_norm", "sample_batch_size")
@@ -842,7 +844,7 @@ def main(args):
     require_between(args, 1, 10**9, "num_transitions")
     require_between(args, 0, 1, "ema_decay", "terminal_threshold")
     require_between(args, -20, 20, "p_mean")
-    require_between(args, 0, 1e6, "s_churn", "s_min")
+    require_between(args, 0, 1e6, "s_churn", "s_min", "s_max")
     require_between(args, 2, 1e6, "num_steps")
     require_between(args, 0, 2**32, "seed")
     require(args.sigma_min < args.sigma_max, "--sigma-min must be less than --sigma-max")

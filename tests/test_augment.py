@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY_A, TINY_B, TINY_C, run
 
 import gta_augment as B
 import gta_diffusion as A
@@ -286,7 +287,7 @@ def test_checkpoint_has_the_documented_keys(pipeline):
     checkpoint = torch.load(pipeline[0] / "diffusion.pt", weights_only=True)
     assert set(checkpoint) == {
         "format", "format_version", "args", "env", "dataset_ids", "env_id", "obs_dim", "act_dim",
-        "horizon", "normalizer", "model", "ema", "optimizer", "scheduler", "step", "rng",
+        "horizon", "normalizer", "model", "ema", "optimizer", "step", "rng",
         "data_sha256", "versions", "commit",
     }  # fmt: skip
     assert (checkpoint["obs_dim"], checkpoint["act_dim"], checkpoint["horizon"]) == (11, 3, 7)
@@ -350,11 +351,194 @@ def test_flags_reach_the_sampler(pipeline, tmp_path, monkeypatch, dataset):
     )
 
 
+# --- the paper's ablations ---
+
+
+def test_inpainted_rewards_keep_the_right_noise_level():
+    """E.6: at every evaluation of D the rewards are r + sigma n, and in the end they are r."""
+    torch.manual_seed(0)
+    r, seen = torch.randn(500, 7), []
+
+    def denoise(x, sigma):
+        seen.append((sigma, x[:, :-1, -1] - r, x[:, -1, -1].clone()))
+        return 0.5 * x
+
+    source = torch.randn(500, 8, 3)
+    source[:, :-1, -1] = r
+    x, left = B.partial_noise(source, SIGMAS, 0.5)
+    x = B.edm_sampler(partial(B.inpainting_denoiser, denoise, r), x, left, GAMMA, 0.05, 50.0, 1.0)
+    torch.testing.assert_close(x[:, :-1, -1], r, atol=1e-5, rtol=0)
+    assert len(seen) == 2 * 64 - 1
+    for sigma, noise, _ in seen:
+        assert noise.std().item() == pytest.approx(sigma, rel=0.05)
+    assert (seen[-1][2] - seen[0][2]).abs().mean() > 0.1  # the other cells move
+
+
+def test_rewards_are_amplified_without_their_penalty():
+    rewards, terminals = np.array([2.0, -1.0, 3.0 - 100]), np.array([False, False, True])
+    amplified = B.amplify_rewards(rewards, terminals, 100.0, 1.3)
+    np.testing.assert_allclose(amplified, [2.6, -0.7, 3.9 - 100])
+
+
+def test_pick_windows():
+    episode, returns = np.array([0, 0, 1, 2, 2, 3]), np.array([5.0, 9.0, 7.0, -1.0])
+    for top, min_return, expected in (
+        (1.0, None, [0, 1, 2, 3, 4, 5]),
+        (0.25, None, [2]),
+        (0.26, None, [2, 3, 4]),  # the next whole episode
+        (1.0, 5.0, [0, 1, 2, 3, 4]),
+        (0.5, 8.0, [2]),
+        (1.0, 10.0, []),
+    ):
+        assert B.pick_windows(episode, returns, top, min_return).tolist() == expected
+
+
+TINY = {"num_transitions": 7 * 60, "num_steps": 8, "mu": 0.5}
+
+
+def test_inpainting_ends_in_the_sources_amplified_rewards(pipeline, dataset, tmp_path):
+    changes = {**TINY, "alpha": 1.3, "condition": "inpaint", "num_transitions": 7 * 800}
+    buffer = augment(make_args(pipeline, tmp_path / "b.npz", **changes))
+    assert "condition" not in buffer and buffer["terminals"].any()
+    for n in range(len(buffer["rewards"])):
+        e, t = dataset.episodes[buffer["episode"][n]], buffer["timestep"][n]
+        r, terminal = e.rewards[t : t + 7], e.terminals[t : t + 7]
+        expected = r + 0.3 * np.abs(r) - 100.0 * terminal
+        np.testing.assert_allclose(buffer["rewards"][n], expected, atol=1e-3)
+    states = [dataset.episodes[e].observations[t : t + 8]
+              for e, t in zip(buffer["episode"], buffer["timestep"])]  # fmt: skip
+    assert np.abs(buffer["observations"] - states).mean() > 0.05
+
+
+@pytest.mark.parametrize("condition", ["amplified", "fixed", "none", "inpaint"])
+def test_conditions_see_the_sources_return_or_not(condition, pipeline, tmp_path, monkeypatch):
+    """What the denoiser is given: each source's amplified return, one return for all, or none."""
+    seen, forward = [], B.Denoiser.forward
+
+    def spy(self, x, sigma, y, keep):
+        seen.append((y, keep))
+        return forward(self, x, sigma, y, keep)
+
+    monkeypatch.setattr(B.Denoiser, "forward", spy)
+    changes = {**TINY, "alpha": 1.3, "condition": condition}
+    buffer = augment(make_args(pipeline, tmp_path / "b.npz", **changes))
+    checkpoint = B.load_checkpoint(pipeline[0] / "diffusion.pt")
+    windows = B.make_windows(B.load_dataset(checkpoint["env"]), 7, 0.99, 100.0)
+    if condition in ("none", "inpaint"):
+        assert not any(keep.any() for _, keep in seen) and len(seen) == 2 * 4 - 1
+        assert all(len(y) == 60 for y, _ in seen)  # no second evaluation
+        assert "condition" not in buffer
+        return
+    y, keep = seen[0]
+    assert len(y) == 120 and keep.tolist() == [1.0] * 60 + [0.0] * 60
+    np.testing.assert_allclose(buffer["condition"], 100 * y[:60].numpy(), rtol=1e-5)
+    if condition == "fixed":
+        np.testing.assert_allclose(buffer["condition"], 1.3 * windows.y.max(), rtol=1e-5)
+    else:
+        assert len(np.unique(buffer["condition"])) > 30
+
+
+def test_no_condition_does_not_depend_on_alpha(pipeline, tmp_path):
+    def rewards(**changes):
+        name = "-".join(map(str, changes.values())) + ".npz"
+        return augment(make_args(pipeline, tmp_path / name, **TINY, **changes))["rewards"]
+
+    same = [rewards(alpha=alpha, condition="none") for alpha in (1.0, 2.0)]
+    assert (same[0] == same[1]).all()
+    other = [rewards(alpha=alpha, condition="amplified") for alpha in (1.0, 2.0)]
+    assert (other[0] != other[1]).all() and (same[0] != other[0]).all()
+
+
+def test_sources_come_from_the_best_episodes(pipeline, dataset, tmp_path):
+    returns = np.array([e.rewards.sum() for e in dataset.episodes])
+    best = set(np.argsort(-returns)[:8])  # a tenth of 72, rounded up
+    few = make_args(pipeline, tmp_path / "few.npz", **TINY, source_top=0.1)
+    assert set(augment(few)["episode"]) == best
+    few = make_args(
+        pipeline,
+        tmp_path / "min.npz",
+        **TINY,
+        source_min_return=np.sort(returns)[-2],
+        reweight_bins=5,
+    )
+    assert set(augment(few)["episode"]) == set(np.argsort(-returns)[:2])
+    none = make_args(pipeline, tmp_path / "none.npz", **TINY, source_min_return=1e6)
+    with pytest.raises(SystemExit, match="no episode is left"):
+        B.main(none)
+
+
+def test_reward_proxy_learns_a_function_of_state_and_action_but_no_noise():
+    torch.manual_seed(0)
+    sa = torch.randn(4000, 4)
+    known = 3 * sa[:, 0] * sa[:, 3] + sa[:, 1].abs() + 5
+    for r, low, high in ((known, 0.97, 1.0), (torch.randn(4000), -1.0, 0.1)):
+        rows = torch.column_stack([sa, r])
+        mean, std = rows.mean(0), rows.std(0)
+        proxy, r_squared = B.fit_reward_proxy(rows, mean, std, num_steps=600)
+        assert low < r_squared < high
+    proxy, _ = B.fit_reward_proxy(torch.column_stack([sa, known]), mean, std, num_steps=600)
+    fresh = torch.randn(1000, 4)
+    true = 3 * fresh[:, 0] * fresh[:, 3] + fresh[:, 1].abs() + 5
+    assert (proxy(fresh) - true).pow(2).mean() < 0.05 * true.var()
+
+
+def test_reward_proxy_replaces_rewards_and_keeps_the_penalty(pipeline, tmp_path, monkeypatch):
+    fit, kept = B.fit_reward_proxy, {}
+
+    def quick_fit(transitions, mean, std):
+        kept["proxy"], r_squared = fit(transitions, mean, std, num_steps=300)
+        return kept["proxy"], r_squared
+
+    monkeypatch.setattr(B, "fit_reward_proxy", quick_fit)
+    tiny = {**TINY, "num_transitions": 7 * 800}
+    own = augment(make_args(pipeline, tmp_path / "own.npz", **tiny))
+    buffer = augment(make_args(pipeline, tmp_path / "b.npz", **tiny, reward_proxy=True))
+    for key in ("observations", "actions", "terminals", "condition"):
+        np.testing.assert_array_equal(own[key], buffer[key])
+    sa = np.concatenate([buffer["observations"][:, :-1], buffer["actions"]], axis=-1)
+    with torch.no_grad():
+        predicted = kept["proxy"](torch.from_numpy(sa)).numpy()
+    assert buffer["terminals"].any()
+    np.testing.assert_allclose(
+        buffer["rewards"], predicted - 100.0 * buffer["terminals"], rtol=1e-4, atol=1e-3
+    )
+    assert not np.allclose(own["rewards"], buffer["rewards"], atol=0.1)
+
+
+def test_names_of_augmentations():
+    name = B.name_augmentation
+    assert name(B.Args(), 31) == "gta(mu 0.25, alpha 1.1)"
+    assert name(B.Args(seed=3, device="cpu", num_transitions=7), 31) == "gta(mu 0.25, alpha 1.1)"
+    assert name(B.Args(condition="none", mu=1.0), 1) == "gta(mu 1.0, condition none, H 1)"
+    args = B.Args(reward_proxy=True, source_top=0.1, guidance=0.0)
+    assert name(args, 31) == "gta(mu 0.25, alpha 1.1, guidance 0.0, source-top 0.1, reward-proxy)"
+
+
+@pytest.mark.parametrize("horizon", [1, 127])
+def test_shortest_and_longest_horizon_run_through_all_stages(horizon, tmp_path):
+    """Table 10. H = 1 is a transition model; 127 transitions are 128 rows."""
+    flags = {"A": TINY_A.copy(), "B": [*TINY_B, "--batch-size", 2]}
+    flags["A"][1:6:2] = [horizon, 8, 2]
+    flags["B"][1] = 3 * horizon
+    run(ROOT / "gta_diffusion.py", *flags["A"], cwd=tmp_path)
+    run(ROOT / "gta_augment.py", *flags["B"], cwd=tmp_path)
+    with np.load(tmp_path / "buffer.npz", allow_pickle=False) as file:
+        assert file["observations"].shape == (3, horizon + 1, 11)
+        assert file["rewards"].shape == (3, horizon)
+    aug = ["--aug", "buffer.npz", "--aug-only"]
+    for name in ("td3bc", "dt"):
+        output = run(ROOT / f"{name}.py", *TINY_C, *aug, cwd=tmp_path).stdout
+        assert f"alpha 1.3, num-steps 8, H {horizon}) only | " in output.splitlines()[-1]
+    output = run(ROOT / "metrics.py", "--aug", "buffer.npz", cwd=tmp_path).stdout
+    assert "dynamic MSE" in output
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"mu": 0.0}, "--mu 0.0: must lie in"),
         ({"mu": 1.5}, "--mu 1.5: must lie in"),
+        ({"source_top": 0.0}, "--source-top 0.0: must lie in"),
         ({"reweight_bins": 5, "success_weight": 10}, "choose one"),
         ({"env": "pen-human-replay"}, "--env pen-human-replay: not a folder here"),
     ],

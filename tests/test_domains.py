@@ -4,7 +4,6 @@ The datasets are recorded as those that Minari publishes under D4RL/: the same e
 arguments, spaces, cuts into episodes. Evaluations are cut short.
 """
 
-import enum
 import itertools
 import json
 import math
@@ -41,17 +40,6 @@ every_domain = pytest.mark.parametrize("domain", DOMAINS)
 
 
 # --- datasets ---
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kitchen_starts():
-    """gymnasium-robotics 1.4.2 asks whether a number is among MuJoCo's joint types; those of MuJoCo
-    4 are equal to no number of NumPy's. Here they are, which changes no simulation."""
-    with pytest.MonkeyPatch.context() as patch:
-        names = mujoco.mjtJoint.__members__.items()
-        joints = enum.IntEnum("mjtJoint", {name: int(value) for name, value in names})
-        patch.setattr(mujoco, "mjtJoint", joints)
-        yield
 
 
 def stack(space, observations):

@@ -14,13 +14,14 @@ import gymnasium as gym
 import minari
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLE, TINY_A, TINY_B, TINY_C, run
+from conftest import ROOT, SAMPLE, TINY_A, TINY_B, TINY_C, TINY_SYNTHER, run
 from minari.data_collector import EpisodeBuffer
 
 import gta_diffusion
 
-SCRIPTS = sorted(ROOT.glob("*.py"))
-NAMES = {path.stem for path in SCRIPTS}
+SCRIPTS = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("baselines/*.py"))
+PATHS = {path.stem: path for path in SCRIPTS}
+NAMES = set(PATHS)
 # meant to differ from script to script
 OWN = {"Args", "BY_DOMAIN", "POLICY_FLAGS", "main", "update"}
 
@@ -40,6 +41,7 @@ def top_level(path):
 
 def test_there_are_scripts():
     assert {"gta_diffusion", "gta_augment", "td3bc", "cql", "iql", "mcq", "dt", "metrics"} <= NAMES
+    assert PATHS["synther"].parent == ROOT / "baselines"
 
 
 def test_what_scripts_repeat_is_identical():
@@ -83,7 +85,7 @@ def test_requirements_are_what_the_scripts_import():
     for path in SCRIPTS:
         header = re.search(r"# dependencies = \[\n(.*?)# \]", path.read_text(), re.S)[1]
         headers |= {re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.+?)"', header)}
-    assert required == headers | {"pytest", "ruff"}
+    assert required == headers | {"mujoco", "pytest", "gymnasium-robotics", "hypothesis", "ruff"}
     assert all("==" in line for line in lines if line and line[0] != "#")
 
 
@@ -91,6 +93,7 @@ FLAGS = {  # the others are learners
     "gta_diffusion": TINY_A,
     "gta_augment": TINY_B,
     "metrics": ["--aug", "buffer.npz", "--num-transitions", 50],
+    "synther": TINY_SYNTHER,
 }
 
 
@@ -373,7 +376,7 @@ def test_readme_commands_exist():
             assert (ROOT / "data" / f"{name}.py").is_file(), name
             continue
         args = next(
-            n for n in ast.parse((ROOT / f"{name}.py").read_text()).body
+            n for n in ast.parse(PATHS[name].read_text()).body
             if getattr(n, "name", "") == "Args"
         )  # fmt: skip
         fields = {n.target.id for n in args.body if isinstance(n, ast.AnnAssign)} | {"help"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SAMPLE, TINY_C, run
+from conftest import LABEL_B, ROOT, SAMPLE, TINY_C, run
 from learners import PlainAgent, descend, draw_inputs, make_agents, make_args
 
 import td3bc as C
@@ -163,7 +163,7 @@ def read_run(folder, pattern):
 def test_files_of_a_run(pipeline):
     folder, outputs = pipeline
     name = r"td3bc-hopper-medium-sample-v0-{}-0-\d{{8}}-\d{{6}}-\d{{6}}"
-    path, config, rows = read_run(folder, name.format("gta_mu_0.5_alpha_1.3_"))
+    path, config, rows = read_run(folder, name.format(re.sub(r"[^\w.+-]+", "_", LABEL_B)))
     assert [(row["update"], row["seed"]) for row in rows] == [
         ("4", "0"), ("4", "1"), ("6", "0"), ("6", "1")
     ]  # fmt: skip
@@ -174,11 +174,11 @@ def test_files_of_a_run(pipeline):
     scores = [float(row["score"]) for row in rows[-2:]]
     last_line = outputs["C aug"].splitlines()[-1]
     assert last_line == (
-        "hopper-medium-sample-v0 | td3bc + gta(mu 0.5, alpha 1.3) | "
+        f"hopper-medium-sample-v0 | td3bc + {LABEL_B} | "
         f"{np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 seeds"
     )
     assert config["num_seeds"] == 2 and config["dataset_ids"] == ["hopper-medium-sample-v0"]
-    _, config, _ = read_run(folder, name.format("gta_mu_0.5_alpha_1.3_only"))
+    _, config, _ = read_run(folder, name.format(re.sub(r"[^\w.+-]+", "_", f"{LABEL_B} only")))
     assert config["aug_only"] is True and config["eval_episodes"] == 2
     _, config, _ = read_run(folder, name.format("none"))
     assert config["aug"] is None and config["reference_returns"] == [-20.272305, 3234.3]
@@ -187,7 +187,7 @@ def test_files_of_a_run(pipeline):
 
 def test_policy_loads_without_pickle_and_scores_the_same(pipeline):
     folder, _ = pipeline
-    path, _, rows = read_run(folder, r"td3bc-hopper-medium-sample-v0-gta_mu_0.5_alpha_1.3_-.*")
+    path, _, rows = read_run(folder, r"td3bc-hopper-medium-sample-v0-gta_mu_0.5_.*H_7_-.*")
     policy = torch.load(path / "policy.pt", weights_only=True)
     assert policy["algorithm"] == "td3bc" and policy["update"] == 6
     assert set(policy["weights"]) == {"actor", "critic", "actor_target", "critic_target"}
@@ -195,7 +195,7 @@ def test_policy_loads_without_pickle_and_scores_the_same(pipeline):
     output = run(ROOT / "td3bc.py", *flags, cwd=folder).stdout
     scores = [float(row["score"]) for row in rows[-2:]]
     result = f"{np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 seeds"
-    assert output.splitlines()[-1].endswith(f"td3bc + gta(mu 0.5, alpha 1.3) | {result}")
+    assert output.splitlines()[-1].endswith(f"td3bc + {LABEL_B} | {result}")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_training_uses_what_was_asked_for(dataset, pipeline, capsys):
         _, episodes, _, aug = C.load_episodes(args)
         sizes[name] = sum(len(e.rewards) for e in episodes)
         assert aug == {
-            "none": "none", "both": "gta(mu 0.5, alpha 1.3)", "only": "gta(mu 0.5, alpha 1.3) only"
+            "none": "none", "both": LABEL_B, "only": f"{LABEL_B} only"
         }[name]  # fmt: skip
     assert sizes == {"none": own, "both": own + 280, "only": 280}
     assert C.load_episodes(make_args(C, env=str(SAMPLE), s4rl_sigma=3e-4))[3] == "s4rl(0.0003)"
