@@ -24,6 +24,7 @@ Reads:  diffusion.pt of gta_diffusion.py (--checkpoint) and the dataset that it 
 Writes: buffer.npz (--out), which the learners read with --aug
 """
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -36,7 +37,7 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ class Args:
     condition: Literal["amplified", "fixed", "none", "inpaint"] = "amplified"
     """what the generated trajectories are asked for: each source's amplified return; the dataset's
     largest return, amplified, for all (F.1); nothing (Table 19); or no return, but each source's
-    rewards times alpha, which are kept in place while the rest is denoised (E.6)"""
+    rewards, amplified, which are kept in place while the rest is denoised (E.6)"""
     guidance: float = 2.0
     """w, scale of the classifier-free guidance (eq. 4, Table 7); 0: condition without guidance, at
     half the cost"""
@@ -198,7 +199,8 @@ def has_form(x, form):
         same_keys = isinstance(x, dict) and x.keys() == form.keys()
         return same_keys and all(has_form(x[key], form[key]) for key in form)
     same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
-    return same and bool(x.isfinite().all())
+    dense = same and x.layout == torch.strided and not x.is_meta
+    return dense and bool(x.isfinite().all())
 
 
 def load_weights(network, weights):
@@ -213,10 +215,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
-    for other in path.parent.iterdir():
-        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
-        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
-            other.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+                other.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -490,8 +492,8 @@ def make_windows(dataset, horizon, gamma, terminal_penalty):
     windows = Windows(
         rows=np.concatenate(rows).astype(np.float32),
         terminals=np.concatenate(terminals),
-        mean=moments.mean(0).astype(np.float32),
-        std=(moments.std(0, ddof=1) + 1e-5).astype(np.float32),
+        mean=moments.mean(0, dtype=np.float64).astype(np.float32),
+        std=(moments.std(0, ddof=1, dtype=np.float64) + 1e-5).astype(np.float32),
         start=np.concatenate(start),
         episode=np.concatenate(episode),
         timestep=np.concatenate(timestep),
@@ -758,8 +760,8 @@ def pick_windows(episode, episode_returns, top, min_return):
 
 
 def amplify_rewards(rewards, terminals, penalty, alpha):
-    """Rewards times alpha (E.6); a negative one, too, moves upward. The penalty that a terminal
-    one holds is no reward and stays as it is. [R], [R] -> [R]"""
+    """Rewards times alpha (E.6); a negative one, too, moves upward, as returns do. The penalty that
+    a terminal one holds is no reward and stays as it is. [R], [R] -> [R]"""
     return amplified_return(rewards + penalty * terminals, alpha) - penalty * terminals
 
 
@@ -866,7 +868,8 @@ def fit_reward_proxy(transitions, mean, std, num_steps=10_000, batch_size=256, l
     variance that it explains (R^2) on a twentieth of the transitions, which it has not seen.
     """
     order = torch.randperm(len(transitions), device=transitions.device)
-    train, held_out = transitions[order[len(order) // 20 :]], transitions[order[: len(order) // 20]]
+    num_held_out = max(2, len(order) // 20)
+    train, held_out = transitions[order[num_held_out:]], transitions[order[:num_held_out]]
     proxy = RewardProxy(mean, std).to(transitions.device)
     optimizer = torch.optim.Adam(proxy.parameters(), lr, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
@@ -882,39 +885,34 @@ def fit_reward_proxy(transitions, mean, std, num_steps=10_000, batch_size=256, l
     return proxy, 1 - (error / held_out[:, -1].var(correction=0)).item()
 
 
-def predict_rewards(dataset, buffer, mean, std):
-    """Returns the rewards [N, H] of the buffer's states and actions, without any penalty, as a
-    RewardProxy of the dataset predicts them, and its R^2."""
-    states, actions, rewards = (
-        np.concatenate([field(e) for e in dataset.episodes])
-        for field in (lambda e: e.observations[:-1], lambda e: e.actions, lambda e: e.rewards)
-    )
-    transitions = np.column_stack([states, actions, rewards]).astype(np.float32)
-    proxy, r_squared = fit_reward_proxy(torch.tensor(transitions, device=mean.device), mean, std)
+def predict_rewards(proxy, buffer, device):
+    """Returns the rewards [N, H] that a RewardProxy predicts for a buffer's states and actions."""
     sa = np.concatenate([buffer["observations"][:, :-1], buffer["actions"]], axis=-1)
+    chunks = np.array_split(sa, math.ceil(len(sa) / 10_000))
     with torch.no_grad():
-        parts = [
-            proxy(torch.tensor(part, device=mean.device)).cpu().numpy()
-            for part in np.array_split(sa, math.ceil(len(sa) / 10_000))
-        ]
-    return np.concatenate(parts), r_squared
+        rewards = [proxy(torch.tensor(chunk, device=device)).cpu().numpy() for chunk in chunks]
+    return np.concatenate(rewards)
 
 
 # --- output ---
 
 
-def name_augmentation(args, horizon):
-    """Returns the words that name what this run generates: gta(mu 0.25, alpha 1.1).
-
-    mu and alpha, then every other flag that makes a difference and is not at its default.
-    """
-    free = ("checkpoint", "out", "overwrite", "env", "num_transitions", "mu", "alpha", "batch_size")
-    free += ("seed", "device", "compile", "track", "wandb_project", "wandb_entity")
-    words = [f"mu {args.mu}"] + [f"alpha {args.alpha}"] * (args.condition != "none")
+def name_flags(args, free):
+    """Returns a word for every flag that is not at its default, such as "num-steps 64"; those in
+    free, and those that do not change what comes out, are left out."""
+    free = {*free, "out", "overwrite", "env", "seed", "device", "compile", "track"}
+    words = []
     for key, value in plain_args(args).items():
-        if key not in free and value != getattr(Args, key):
+        if key not in free and not key.startswith("wandb") and value != getattr(Args, key):
             name = key.replace("_", "-")
             words.append(name if value is True else f"{name} {value}")
+    return words
+
+
+def name_augmentation(args, horizon):
+    """Returns the words that name what this run generates: gta(mu 0.25, alpha 1.1)."""
+    words = [f"mu {args.mu}"] + [f"alpha {args.alpha}"] * (args.condition != "none")
+    words += name_flags(args, {"checkpoint", "mu", "alpha", "batch_size"})
     return f"gta({', '.join(words + [f'H {horizon}'] * (horizon != 31))})"
 
 
@@ -943,7 +941,7 @@ def is_there(args, metadata):
         kind = type(error).__name__
         sys.exit(f"error: --out {args.out}: there is something else, no buffer ({kind}); {advice}")
     free = {"out", "overwrite", "checkpoint", "env", "device", "compile", "track", "versions"}
-    free |= {"commit", "wandb_project", "wandb_entity"}
+    free |= {"commit", "diffusion", "wandb_project", "wandb_entity"}
     for key in [*metadata, *old_keys]:
         same = key in free or old.get(key) == metadata.get(key)
         flag = f"--{key.replace('_', '-')} {old.get(key)}, not {metadata.get(key)}"
@@ -968,14 +966,14 @@ def summarise(buffer, source_rewards):
     """Returns what a user wants to know of the generated data at once. source_rewards [N, H]
 
     Mean rewards leave terminal transitions out, whose rewards hold the penalty. The correlations
-    are with the condition, if there is one.
+    are with the condition, if there is one for each source.
     """
     alive = ~buffer["terminals"]
     summary = {
         "source_reward": float(source_rewards[alive].mean(dtype=np.float64)),
         "generated_reward": float(buffer["rewards"][alive].mean(dtype=np.float64)),
     }
-    if "condition" in buffer:
+    if "condition" in buffer and np.ptp(buffer["condition"]) > 0:
         summary |= {
             "source_correlation": correlation(buffer["condition"], source_rewards.sum(1)),
             "generated_correlation": correlation(buffer["condition"], buffer["rewards"].sum(1)),
@@ -1046,7 +1044,8 @@ def main(args):
         "data_sha256": data_sha256,
         "env_id": dataset.env_id,
         "horizon": horizon,
-        "diffusion": {**trained, "step": checkpoint["step"], "ema_sha256": hash_weights(denoiser)},
+        "model_sha256": hash_weights(denoiser),
+        "diffusion": {**trained, "step": checkpoint["step"]},
     }
     if is_there(args, metadata):
         print(f"{args.out} is there already, made with these flags; --overwrite makes it anew")
@@ -1090,6 +1089,13 @@ def main(args):
     rows = (torch.tensor(known, device=device) - mean) / std
     low, high = dataset.source.action_space.low, dataset.source.action_space.high
 
+    if args.reward_proxy:
+        parts = [(e.observations[:-1], e.actions, e.rewards) for e in dataset.episodes]
+        transitions = np.concatenate([np.column_stack(part) for part in parts])
+        transitions = torch.tensor(transitions, dtype=torch.float32, device=device)
+        proxy, r_squared = fit_reward_proxy(transitions, mean, std)
+        print(f"reward proxy: R^2 {r_squared:.4f} on transitions it has not seen")
+
     @torch.no_grad()
     def generate(batch):
         """Augments the windows sources[batch]; returns their rows [B, H + 1, D] in real units."""
@@ -1130,9 +1136,8 @@ def main(args):
                 progress.close()
                 sys.exit(f"interrupted; {args.out} was not written")
     if args.reward_proxy:
-        rewards, r_squared = predict_rewards(dataset, buffer, mean, std)
-        print(f"reward proxy: R^2 {r_squared:.4f} on transitions it has not seen")
-        buffer["rewards"] = rewards - np.float32(penalty) * buffer["terminals"]
+        buffer["rewards"] = predict_rewards(proxy, buffer, device)
+        buffer["rewards"] -= np.float32(penalty) * buffer["terminals"]
     if args.restore_terminal_reward:
         buffer["rewards"] += penalty * buffer["terminals"]
 
@@ -1153,7 +1158,7 @@ def main(args):
         f"mean reward: sources {summary['source_reward']:.3f}, generated "
         f"{summary['generated_reward']:.3f} (terminal transitions left out)"
     )
-    if "condition" in buffer:
+    if args.condition == "amplified":
         print(
             "correlation of the condition with a subtrajectory's return: sources "
             f"{summary['source_correlation']:.3f}, generated {summary['generated_correlation']:.3f}"

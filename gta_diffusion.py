@@ -25,6 +25,7 @@ Writes: diffusion.pt (--out), which gta_augment.py turns into a buffer of augmen
 """
 
 import copy
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -38,7 +39,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -182,7 +183,8 @@ def has_form(x, form):
         same_keys = isinstance(x, dict) and x.keys() == form.keys()
         return same_keys and all(has_form(x[key], form[key]) for key in form)
     same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
-    return same and bool(x.isfinite().all())
+    dense = same and x.layout == torch.strided and not x.is_meta
+    return dense and bool(x.isfinite().all())
 
 
 def put_moments(optimizer, state):
@@ -213,10 +215,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
-    for other in path.parent.iterdir():
-        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
-        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
-            other.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+                other.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -490,8 +492,8 @@ def make_windows(dataset, horizon, gamma, terminal_penalty):
     windows = Windows(
         rows=np.concatenate(rows).astype(np.float32),
         terminals=np.concatenate(terminals),
-        mean=moments.mean(0).astype(np.float32),
-        std=(moments.std(0, ddof=1) + 1e-5).astype(np.float32),
+        mean=moments.mean(0, dtype=np.float64).astype(np.float32),
+        std=(moments.std(0, ddof=1, dtype=np.float64) + 1e-5).astype(np.float32),
         start=np.concatenate(start),
         episode=np.concatenate(episode),
         timestep=np.concatenate(timestep),
@@ -751,7 +753,7 @@ def find_start(args, data_sha256):
     if args.overwrite or not args.out.exists():
         return None
     checkpoint = load_checkpoint(args.out)
-    free = {"out", "resume", "overwrite", "save_every", "device", "compile", "track"}
+    free = {"env", "out", "resume", "overwrite", "save_every", "device", "compile", "track"}
     advice = "give the same flags, another --out, or --overwrite"
     for key, value in plain_args(args).items():
         old = checkpoint["args"].get(key)

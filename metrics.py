@@ -27,6 +27,7 @@ Reads:  buffers of gta_augment.py and the dataset that they were made from; or f
 Writes: metrics.json (--out) and a figure (--plot); with --runs nothing
 """
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -39,7 +40,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import combinations
@@ -163,10 +164,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
-    for other in path.parent.iterdir():
-        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
-        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
-            other.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+                other.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -543,7 +544,7 @@ def read_env_spec(dataset, which):
     env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
     steps = spec.get("max_episode_steps")
     steps = steps and int(steps)  # Minari's PointMaze datasets say 1000000.0
-    return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
+    return {**spec.get("kwargs", {}), "id": env_id, "max_episode_steps": steps}
 
 
 @lru_cache

@@ -27,6 +27,7 @@ Writes: runs/<script>-<env>-<aug>-<seed>-<time>/ with config.json, evals.csv, po
 """
 
 import copy
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -38,7 +39,7 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from functools import partial
@@ -215,7 +216,8 @@ def has_form(x, form):
         same_keys = isinstance(x, dict) and x.keys() == form.keys()
         return same_keys and all(has_form(x[key], form[key]) for key in form)
     same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
-    return same and bool(x.isfinite().all())
+    dense = same and x.layout == torch.strided and not x.is_meta
+    return dense and bool(x.isfinite().all())
 
 
 def put_moments(optimizer, state):
@@ -239,10 +241,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
-    for other in path.parent.iterdir():
-        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
-        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
-            other.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+                other.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -862,7 +864,7 @@ def read_env_spec(dataset, which):
     env_id = env_id if env_id in gym.registry else f"gymnasium_robotics:{env_id}"
     steps = spec.get("max_episode_steps")
     steps = steps and int(steps)  # Minari's PointMaze datasets say 1000000.0
-    return {"id": env_id, "max_episode_steps": steps, **spec.get("kwargs", {})}
+    return {**spec.get("kwargs", {}), "id": env_id, "max_episode_steps": steps}
 
 
 def make_env(dataset):
@@ -1113,7 +1115,7 @@ def main(args):
         require(own == other, f"policy.pt is for {own}, the dataset is of {other}")
         form = {key: torch.from_numpy(x) for key, x in scaling._asdict().items()}
         require(has_form(policy["scaling"], form), "policy.pt: its scaling is of other data")
-        scaling = Scaling(*(policy["scaling"][field].numpy() for field in Scaling._fields))
+        scaling = Scaling(*(policy["scaling"][field].detach().numpy() for field in Scaling._fields))
         same_run = args.resume or args.train_steps == 0
         aug = policy["aug_label"] if same_run else f"{aug} after {policy['aug_label']}"
     about_data = {

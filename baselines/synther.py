@@ -27,6 +27,7 @@ Writes: synther.pt (--checkpoint), the model; buffer.npz (--out), which the lear
 """
 
 import copy
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -40,7 +41,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -200,7 +201,8 @@ def has_form(x, form):
         same_keys = isinstance(x, dict) and x.keys() == form.keys()
         return same_keys and all(has_form(x[key], form[key]) for key in form)
     same = torch.is_tensor(x) and (x.shape, x.dtype) == (form.shape, form.dtype)
-    return same and bool(x.isfinite().all())
+    dense = same and x.layout == torch.strided and not x.is_meta
+    return dense and bool(x.isfinite().all())
 
 
 def put_moments(optimizer, state):
@@ -231,10 +233,10 @@ def write_atomically(path, write):
 
     Ends the program with one line if the disk does not take it.
     """
-    for other in path.parent.iterdir():
-        own = other.name.startswith(f"{path.name}.") and other.suffix == ".tmp"
-        if own and time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
-            other.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > 3600:  # of a run that was killed
+                other.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -477,7 +479,8 @@ def make_transitions(dataset):
         ]
     )
     require(len(rows) > 1, f"--env {dataset.name}: has one transition only")
-    mean, std = rows.mean(0), rows.std(0, ddof=1) + 1e-5
+    mean = rows.mean(0, dtype=np.float64)
+    std = rows.std(0, ddof=1, dtype=np.float64) + 1e-5
     mean[-1], std[-1] = 0.0, 1.0
     return Transitions(*(x.astype(np.float32) for x in (rows, mean, std)))
 
@@ -757,6 +760,18 @@ def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
 # --- output ---
 
 
+def name_flags(args, free):
+    """Returns a word for every flag that is not at its default, such as "num-steps 64"; those in
+    free, and those that do not change what comes out, are left out."""
+    free = {*free, "out", "overwrite", "env", "seed", "device", "compile", "track"}
+    words = []
+    for key, value in plain_args(args).items():
+        if key not in free and not key.startswith("wandb") and value != getattr(Args, key):
+            name = key.replace("_", "-")
+            words.append(name if value is True else f"{name} {value}")
+    return words
+
+
 def is_there(args, metadata):
     """Whether --out is there already, as this run would make it.
 
@@ -774,7 +789,7 @@ def is_there(args, metadata):
         kind = type(error).__name__
         sys.exit(f"error: --out {args.out}: there is something else, no buffer ({kind}); {advice}")
     free = {"out", "overwrite", "checkpoint", "env", "device", "compile", "track", "versions"}
-    free |= {"commit", "wandb_project", "wandb_entity"}
+    free |= {"commit", "diffusion", "wandb_project", "wandb_entity"}
     for key in [*metadata, *old_keys]:
         same = key in free or old.get(key) == metadata.get(key)
         flag = f"--{key.replace('_', '-')} {old.get(key)}, not {metadata.get(key)}"
@@ -792,10 +807,11 @@ def save_buffer(path, buffer, metadata):
 def split_transitions(x, action_space, terminal_threshold):
     """Splits generated rows [B, D], in real units, into the arrays of a buffer with H = 1."""
     obs_dim = (x.shape[1] - len(action_space.low) - 2) // 2
+    bounds = (bound.astype(x.dtype) for bound in (action_space.low, action_space.high))
     s, a, r, s_next, terminal = np.split(x, [obs_dim, -obs_dim - 2, -obs_dim - 1, -1], axis=1)
     return {
         "observations": np.stack([s, s_next], axis=1),  # [B, 2, obs_dim]
-        "actions": a.clip(action_space.low, action_space.high)[:, None],  # [B, 1, act_dim]
+        "actions": a.clip(*bounds)[:, None],  # [B, 1, act_dim]
         "rewards": r,  # [B, 1]
         "terminals": terminal > terminal_threshold,  # [B, 1]
     }
@@ -869,15 +885,17 @@ def main(args):
         "env_id": dataset.env_id,
     }
     running = {"resume", "retrain", "save_every"}  # how the run goes, not what comes out
+    words = name_flags(args, {*running, "checkpoint", "batch_size", "sample_batch_size"})
     metadata = {
         **{key: value for key, value in plain_args(args).items() if key not in running},
         **about,
         "format": "gta-buffer",
         "format_version": 1,
         "method": "synther",
+        "label": f"synther({', '.join(words)})" if words else "synther",
         "horizon": 1,
     }
-    if is_there(args, metadata):
+    if is_there(args, metadata) and not args.retrain:
         print(f"{args.out} is there already, made with these flags; --overwrite makes it anew")
         return
     checkpoint = find_model(args, about["data_sha256"])

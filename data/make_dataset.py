@@ -461,8 +461,8 @@ def make_duplicate(args):
 #   task's number of steps. What follows the last end is one more, truncated, episode.
 # - Minari wants the state after an episode's last transition. next_observations has it. Where the
 #   file does not, the last transition of a truncated episode is left out, as qlearning_dataset of
-#   d4rl does. A terminal one is kept, with s again as s': no learner reads it (d4rl takes the first
-#   state of the next episode).
+#   d4rl does. A terminal one is kept, with s again as s': targets do not use it, but models and
+#   penalties on s' see a standstill there (d4rl takes the first state of the next episode).
 # - Where next_observations differs from the next row's observation, an end is not marked. It counts
 #   as a timeout.
 # - maze2d is one long trajectory. Its timeouts are the goals reached on the way; no terminals.

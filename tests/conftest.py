@@ -38,7 +38,7 @@ def float64():
 
 TINY_A = ["--horizon", 7, "--dim", 8, "--batch-size", 16, "--train-steps", 6]
 TINY_B = ["--num-transitions", 280, "--num-steps", 8, "--mu", 0.5, "--alpha", 1.3]
-LABEL_B = "gta(mu 0.5, alpha 1.3, num-steps 8, H 7)"  # what TINY_A and TINY_B are called
+LABEL_B = "gta(mu 0.5, alpha 1.3, num-transitions 280, num-steps 8, H 7)"  # the name of B after A
 TINY_SYNTHER = ["--width", 16, "--train-steps", 6, "--num-transitions", 280, "--num-steps", 8]
 TINY_C = ["--train-steps", 6, "--batch-size", 32, "--eval-every", 4, "--eval-episodes", 2]
 

@@ -493,7 +493,7 @@ def test_reward_proxy_replaces_rewards_and_keeps_the_penalty(pipeline, tmp_path,
     tiny = {**TINY, "num_transitions": 7 * 800}
     own = augment(make_args(pipeline, tmp_path / "own.npz", **tiny))
     buffer = augment(make_args(pipeline, tmp_path / "b.npz", **tiny, reward_proxy=True))
-    for key in ("observations", "actions", "terminals", "condition"):
+    for key in ("terminals", "condition", "episode", "timestep"):
         np.testing.assert_array_equal(own[key], buffer[key])
     sa = np.concatenate([buffer["observations"][:, :-1], buffer["actions"]], axis=-1)
     with torch.no_grad():
@@ -508,10 +508,13 @@ def test_reward_proxy_replaces_rewards_and_keeps_the_penalty(pipeline, tmp_path,
 def test_names_of_augmentations():
     name = B.name_augmentation
     assert name(B.Args(), 31) == "gta(mu 0.25, alpha 1.1)"
-    assert name(B.Args(seed=3, device="cpu", num_transitions=7), 31) == "gta(mu 0.25, alpha 1.1)"
+    assert name(B.Args(seed=3, device="cpu", batch_size=7), 31) == "gta(mu 0.25, alpha 1.1)"
     assert name(B.Args(condition="none", mu=1.0), 1) == "gta(mu 1.0, condition none, H 1)"
     args = B.Args(reward_proxy=True, source_top=0.1, guidance=0.0)
     assert name(args, 31) == "gta(mu 0.25, alpha 1.1, guidance 0.0, source-top 0.1, reward-proxy)"
+    args = B.Args(num_transitions=100_000, source_min_return=5.0)
+    few = "gta(mu 0.25, alpha 1.1, num-transitions 100000, source-min-return 5.0)"
+    assert name(args, 31) == few
 
 
 @pytest.mark.parametrize("horizon", [1, 127])
@@ -528,7 +531,7 @@ def test_shortest_and_longest_horizon_run_through_all_stages(horizon, tmp_path):
     aug = ["--aug", "buffer.npz", "--aug-only"]
     for name in ("td3bc", "dt"):
         output = run(ROOT / f"{name}.py", *TINY_C, *aug, cwd=tmp_path).stdout
-        assert f"alpha 1.3, num-steps 8, H {horizon}) only | " in output.splitlines()[-1]
+        assert f"num-steps 8, H {horizon}) only | " in output.splitlines()[-1]
     output = run(ROOT / "metrics.py", "--aug", "buffer.npz", cwd=tmp_path).stdout
     assert "dynamic MSE" in output
 

@@ -85,7 +85,14 @@ def test_requirements_are_what_the_scripts_import():
     for path in SCRIPTS:
         header = re.search(r"# dependencies = \[\n(.*?)# \]", path.read_text(), re.S)[1]
         headers |= {re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.+?)"', header)}
-    assert required == headers | {"mujoco", "pytest", "gymnasium-robotics", "hypothesis", "ruff"}
+    assert required == headers | {
+        "h5py",
+        "mujoco",
+        "pytest",
+        "gymnasium-robotics",
+        "hypothesis",
+        "ruff",
+    }
     assert all("==" in line for line in lines if line and line[0] != "#")
 
 
