@@ -1158,7 +1158,7 @@ def main(args):
         f"mean reward: sources {summary['source_reward']:.3f}, generated "
         f"{summary['generated_reward']:.3f} (terminal transitions left out)"
     )
-    if args.condition == "amplified":
+    if "source_correlation" in summary:
         print(
             "correlation of the condition with a subtrajectory's return: sources "
             f"{summary['source_correlation']:.3f}, generated {summary['generated_correlation']:.3f}"

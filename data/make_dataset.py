@@ -632,9 +632,7 @@ def convert_d4rl(args):
         action_space, env_spec = env.action_space, env.unwrapped.spec
         own = (*gym.spaces.utils.flatten_space(env.observation_space).shape, *action_space.shape)
         require(dims == own, f"--env-id {args.env_id}: states and actions {own}, the file {dims}")
-    elif task.env_id in gym.registry:
-        env_spec = gym.spec(task.env_id)
-    else:  # the scripts make it by its id, if gymnasium-robotics has it
+    else:  # a script makes it by its id, be it Gymnasium's or gymnasium-robotics'
         env_spec = EnvSpec(task.env_id or name, max_episode_steps=task.max_episode_steps)
     steps = task.max_episode_steps if task else env_spec.max_episode_steps
     is_antmaze = "antmaze" in f"{name} {env_spec.id}".lower()

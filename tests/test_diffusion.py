@@ -244,7 +244,7 @@ def test_a_dataset_that_has_moved_is_the_same(tmp_path, capsys):
 
 
 def test_moments_of_single_precision_data_are_summed_in_double(dataset):
-    """As a D4RL file has it: a running sum of a million float32 numbers is off in the fourth digit."""
+    """As in a D4RL file: a running sum of a million float32 numbers is off in the fourth digit."""
     rng = np.random.default_rng(0)
     T = 1_000_000
     observations = (1.2 + 0.05 * rng.standard_normal((T + 1, 1))).astype(np.float32)

@@ -241,11 +241,12 @@ def test_learners_and_metrics_read_it_unchanged(synther_folder, tmp_path, capsys
     flags = {"train_steps": 6, "batch_size": 32, "eval_every": 6, "eval_episodes": 1}
     td3bc.main(td3bc.Args(aug=buffer, aug_only=True, runs=tmp_path / "runs", **shared, **flags))
     output = capsys.readouterr().out
-    assert f"buffer: {buffer}, synther only, 280 transitions" in output
-    assert "td3bc + synther only" in output.splitlines()[-1]
+    label = "synther(num-transitions 280, width 16, train-steps 6, num-steps 8)"
+    assert f"buffer: {buffer}, {label} only, 280 transitions" in output
+    assert f"td3bc + {label} only" in output.splitlines()[-1]
     metrics.main(metrics.Args(aug=(buffer,), out=tmp_path / "metrics.json", num_transitions=50))
     report = json.loads((tmp_path / "metrics.json").read_text())
-    assert report["numbers"]["synther"]["transitions"] == 50
+    assert report["numbers"][label]["transitions"] == 50
 
 
 def test_decision_transformer_says_that_it_needs_episodes(synther_folder):
