@@ -829,6 +829,8 @@ def main(args):
     elif args.resume:
         print(f"nothing to resume at {args.out}, starting at step 0")
 
+    made_with = provenance()
+
     def save(step):
         finite = all(p.isfinite().all() for p in denoiser.parameters())
         require(finite, f"step {step}: the weights are no longer finite; {kept}")
@@ -836,7 +838,7 @@ def main(args):
             "format": "gta-diffusion",
             "format_version": 2,
             "args": plain_args(args),
-            **provenance(),
+            **made_with,
             "env": args.env,
             "dataset_ids": dataset.ids,
             "data_sha256": data_sha256,
