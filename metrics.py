@@ -37,6 +37,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -823,7 +824,8 @@ def draw_figure(path, dataset, samples, answers):
         for (label, values), colour in zip(returns.items(), ("0.6", "tab:blue", "tab:orange")):
             style = {"alpha": 0.5} if label == "dataset" else {"histtype": "step", "linewidth": 1.4}
             left.hist(values, bins, density=True, color=colour, label=label, **style)
-        left.set(xlabel=f"return of {sample.r.shape[1]} transitions", ylabel="density", title=name)
+        left.set(xlabel=f"return of {sample.r.shape[1]} transitions", ylabel="density")
+        left.set_title(textwrap.fill(name, 45))
         left.legend(frameon=False)
         if sample.condition is None:
             right.set_axis_off()

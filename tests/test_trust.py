@@ -91,7 +91,7 @@ def kill_at_random_times(processes, module, make_args, check, finish, num_kills,
 
 def test_stage_a_survives_kills_at_any_moment(processes, tmp_path):
     def make_args(out=tmp_path / "killed.pt"):
-        flags = {"horizon": 1, "dim": 8, "batch_size": 8, "train_steps": 60, "save_every": 6}
+        flags = {"horizon": 1, "dim": 8, "batch_size": 8, "train_steps": 30, "save_every": 5}
         resume = out.name == "killed.pt"
         return gta_diffusion.Args(env=str(SAMPLE), out=out, resume=resume, device="cpu", **flags)
 
@@ -122,7 +122,7 @@ def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path):
 
 
 def test_a_learner_survives_kills_at_any_moment(processes, tmp_path):
-    flags = {"train_steps": 100, "batch_size": 64, "eval_every": 5, "eval_episodes": 1}
+    flags = {"train_steps": 60, "batch_size": 64, "eval_every": 5, "eval_episodes": 1}
     flags |= {"env": str(SAMPLE), "device": "cpu", "num_seeds": 2}
 
     def make_args():
@@ -134,7 +134,7 @@ def test_a_learner_survives_kills_at_any_moment(processes, tmp_path):
     def check():
         """All that is there is whole."""
         for path in (tmp_path / "killed").glob("*/config.json"):
-            assert json.loads(path.read_text())["train_steps"] == 100
+            assert json.loads(path.read_text())["train_steps"] == 60
         for path in (tmp_path / "killed").glob("*/evals.csv"):
             assert all(line.count(",") == 3 for line in path.read_text().splitlines())
         for path in (tmp_path / "killed").glob("*/policy.pt"):
