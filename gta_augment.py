@@ -47,6 +47,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from huggingface_hub import HfApi
@@ -279,6 +280,65 @@ def catch_signals():
     finally:
         for own, handler in zip(signals, old):
             signal.signal(own, handler)
+
+
+def ranks():
+    """Returns this process's rank and how many there are: 0 and 1, unless torchrun started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+@contextmanager
+def join_ranks():
+    """Connects the processes that torchrun started, if it did. Of these rank 0 alone speaks.
+
+    GPU tensors travel over NCCL, CPU tensors over gloo. Where rank 0 ends with an error, the others
+    fail too; torchrun ends them while they wait here, so that the error is shown once. An error of
+    their own they show after the wait.
+    """
+    rank, world_size = ranks()
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+    except (RuntimeError, SystemExit):
+        if rank > 0:
+            time.sleep(3)
+        raise
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def own_device(name):
+    """Returns the name of this rank's device: of several on a machine each has a GPU of its own."""
+    world_size = ranks()[1]
+    fits = world_size == 1 or name in ("cuda", "cpu")
+    require(fits, f"--device {name}: torchrun gives every process its GPU; use cuda or cpu")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if world_size > 1 and name == "cuda" else name
+
+
+def agree(flag):
+    """Returns whether flag is true on any rank; the ranks wait for each other.
+
+    It travels between the hosts: no GPU is waited for.
+    """
+    if ranks()[1] == 1:
+        return flag
+    votes = torch.tensor(float(flag))
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def from_rank_0(find):
+    """Returns on every rank what find() returns on rank 0, which alone calls it."""
+    rank, world_size = ranks()
+    found = [find() if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def provenance():
@@ -982,7 +1042,10 @@ def summarise(buffer, source_rewards):
 
 
 @end_in_one_line("--batch-size or --num-transitions")
+@join_ranks()
 def main(args):
+    rank, world_size = ranks()
+    args.track &= rank == 0
     require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
     require_positive(args, "alpha", "batch_size", "reweight_u", "reweight_q")
     require_between(args, 1, 10**9, "num_transitions")
@@ -1002,7 +1065,7 @@ def main(args):
         "--reweight-bins is for dense rewards, --success-weight for sparse ones: choose one",
     )
     require_writable("--out", args.out)
-    device = pick_device(args.device)
+    device = pick_device(own_device(args.device))
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
@@ -1021,7 +1084,11 @@ def main(args):
     except Exception as error:
         sys.exit(f"error: {args.checkpoint}: does not fit together ({first_line(error)})")
     denoiser.to(device).eval()
+    if rank > 0:
+        agree(False)  # until rank 0 has the dataset, which it may have to download
     dataset = load_dataset(args.env or checkpoint["env"])
+    if rank == 0:
+        agree(False)
     require(
         dataset.ids == checkpoint["dataset_ids"],
         f"--checkpoint {args.checkpoint}: trained on "
@@ -1047,7 +1114,7 @@ def main(args):
         "model_sha256": hash_weights(denoiser),
         "diffusion": {**trained, "step": checkpoint["step"]},
     }
-    if is_there(args, metadata):
+    if from_rank_0(lambda: is_there(args, metadata)):
         print(f"{args.out} is there already, made with these flags; --overwrite makes it anew")
         return
     windows = make_windows(dataset, horizon, trained["gamma"], trained["terminal_penalty"])
@@ -1097,8 +1164,12 @@ def main(args):
         print(f"reward proxy: R^2 {r_squared:.4f} on transitions it has not seen")
 
     @torch.no_grad()
-    def generate(batch):
-        """Augments the windows sources[batch]; returns their rows [B, H + 1, D] in real units."""
+    def generate(batch, owner):
+        """Augments the windows sources[batch]; returns their rows [B, H + 1, D] in real units.
+
+        Rank owner does it and sends them to rank 0. The others only draw the noise of the batch, so
+        that the next batch has the noise that it has in one process; what they return is none.
+        """
         start = torch.tensor(windows.start[sources[batch]], device=device)
         y_hat = torch.tensor(condition[batch], dtype=torch.float32, device=device)
         source = gather_windows(rows, start, horizon, obs_dim)
@@ -1108,8 +1179,15 @@ def main(args):
             denoise = partial(guided_denoiser, denoiser, y=y_hat, w=args.guidance)
         elif args.condition == "inpaint":
             denoise = partial(inpainting_denoiser, denoise, source[:, :-1, -1])
+        if rank != owner:
+            denoise = lambda x, sigma: x  # noqa: E731
         x = edm_sampler(denoise, x, levels, gamma, args.s_min, args.s_max, args.s_noise)
-        return (x * std + mean).cpu().numpy()
+        x = (x * std + mean).cpu()
+        if rank == owner > 0:
+            dist.send(x, 0)
+        elif rank == 0 < owner:
+            dist.recv(x, owner)
+        return x.numpy()
 
     steps = windows.start[sources][:, None] + np.arange(horizon)  # [N, H] rows of the transitions
     buffer = {
@@ -1124,17 +1202,21 @@ def main(args):
     if args.condition in ("amplified", "fixed"):
         buffer["condition"] = (condition / trained["return_scale"]).astype(np.float32)
     started = time.time()
-    with catch_signals() as caught, tqdm(total=num_sources, unit="traj") as progress:
-        for i in range(0, num_sources, args.batch_size):
+    progress = tqdm(total=num_sources, unit="traj", disable=rank > 0)
+    with catch_signals() as caught, progress:
+        for number, i in enumerate(range(0, num_sources, args.batch_size)):
             batch = slice(i, min(i + args.batch_size, num_sources))
-            x = generate(batch)
-            buffer["observations"][batch] = x[:, :, :obs_dim]
-            buffer["actions"][batch] = x[:, :-1, obs_dim:-1].clip(low, high)
-            buffer["rewards"][batch] = x[:, :-1, -1]
+            x = generate(batch, owner=number % world_size)
+            if rank == 0:  # elsewhere the empty arrays take no memory
+                buffer["observations"][batch] = x[:, :, :obs_dim]
+                buffer["actions"][batch] = x[:, :-1, obs_dim:-1].clip(low, high)
+                buffer["rewards"][batch] = x[:, :-1, -1]
             progress.update(len(x))
-            if caught.is_set():
+            if (number + 1) % world_size == 0 and agree(caught.is_set()):
                 progress.close()
-                sys.exit(f"interrupted; {args.out} was not written")
+                sys.exit(f"interrupted; {args.out} was not written" if rank == 0 else 1)
+    if rank > 0:
+        return
     if args.reward_proxy:
         buffer["rewards"] = predict_rewards(proxy, buffer, device)
         buffer["rewards"] -= np.float32(penalty) * buffer["terminals"]

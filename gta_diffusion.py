@@ -48,6 +48,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from huggingface_hub import HfApi
@@ -279,6 +280,65 @@ def catch_signals():
     finally:
         for own, handler in zip(signals, old):
             signal.signal(own, handler)
+
+
+def ranks():
+    """Returns this process's rank and how many there are: 0 and 1, unless torchrun started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+@contextmanager
+def join_ranks():
+    """Connects the processes that torchrun started, if it did. Of these rank 0 alone speaks.
+
+    GPU tensors travel over NCCL, CPU tensors over gloo. Where rank 0 ends with an error, the others
+    fail too; torchrun ends them while they wait here, so that the error is shown once. An error of
+    their own they show after the wait.
+    """
+    rank, world_size = ranks()
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+    except (RuntimeError, SystemExit):
+        if rank > 0:
+            time.sleep(3)
+        raise
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def own_device(name):
+    """Returns the name of this rank's device: of several on a machine each has a GPU of its own."""
+    world_size = ranks()[1]
+    fits = world_size == 1 or name in ("cuda", "cpu")
+    require(fits, f"--device {name}: torchrun gives every process its GPU; use cuda or cpu")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if world_size > 1 and name == "cuda" else name
+
+
+def agree(flag):
+    """Returns whether flag is true on any rank; the ranks wait for each other.
+
+    It travels between the hosts: no GPU is waited for.
+    """
+    if ranks()[1] == 1:
+        return flag
+    votes = torch.tensor(float(flag))
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def from_rank_0(find):
+    """Returns on every rank what find() returns on rank 0, which alone calls it."""
+    rank, world_size = ranks()
+    found = [find() if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def provenance():
@@ -773,7 +833,10 @@ def find_start(args, data_sha256):
 
 
 @end_in_one_line("--batch-size or --dim")
+@join_ranks()
 def main(args):
+    rank, world_size = ranks()
+    args.track &= rank == 0
     rows_ok = args.horizon == 1 or (args.horizon > 1 and (args.horizon + 1) % 8 == 0)
     require(rows_ok, f"--horizon {args.horizon}: must be 1 or one less than a multiple of 8")
     require(args.dim > 0 and args.dim % 8 == 0, f"--dim {args.dim}: must be a multiple of 8")
@@ -784,13 +847,18 @@ def main(args):
     require_between(args, -20, 20, "p_mean")
     require_between(args, 0, 2**32, "seed")
     require_writable("--out", args.out)
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun: several processes do not work yet")
-    device = pick_device(args.device)
+    divisible = args.batch_size % world_size == 0
+    require(divisible, f"--batch-size {args.batch_size}: {world_size} processes must divide it")
+    device = pick_device(own_device(args.device))
     torch.manual_seed(args.seed)
 
+    if rank > 0:
+        agree(False)  # until rank 0 has the dataset, which it may have to download
     dataset = load_dataset(args.env)
+    if rank == 0:
+        agree(False)
     data_sha256 = fingerprint(dataset)
-    checkpoint = find_start(args, data_sha256)
+    checkpoint = from_rank_0(lambda: find_start(args, data_sha256))
     if checkpoint and checkpoint["step"] == args.train_steps:
         print(f"{args.out} is there already, made with these flags; --overwrite makes it anew")
         return
@@ -857,6 +925,12 @@ def main(args):
 
     compiles = device.type == "cuda" if args.compile is None else args.compile
     loss_fn = torch.compile(edm_loss) if compiles else edm_loss
+    network = denoiser
+    if world_size > 1:  # averages the gradients over the ranks
+        network = nn.parallel.DistributedDataParallel(denoiser)
+        network.sigma_data = denoiser.sigma_data
+    share = args.batch_size // world_size
+    own = slice(rank * share, (rank + 1) * share)  # what this rank does of a batch
     if args.track:
         import wandb
 
@@ -865,14 +939,20 @@ def main(args):
     loss_sum, num_losses = torch.zeros((), device=device), 0
     recent_losses = deque(maxlen=10)  # means of 100 steps each
     started = time.time()
-    progress = tqdm(range(first_step, args.train_steps), initial=first_step, total=args.train_steps)
+    progress = tqdm(
+        range(first_step, args.train_steps),
+        initial=first_step,
+        total=args.train_steps,
+        disable=rank > 0,
+    )
     with catch_signals() as caught:
         for step in progress:
             index = torch.randint(len(start), (args.batch_size,), device=device)
             x = gather_windows(rows, start[index], args.horizon, obs_dim)
             keep = (torch.rand(len(x), device=device) >= args.condition_dropout).float()
             sigma = torch.exp(args.p_mean + args.p_std * torch.randn(len(x), device=device))
-            loss = loss_fn(denoiser, x, y[index], keep, sigma, torch.randn_like(x))
+            batch = (x, y[index], keep, sigma, torch.randn_like(x))  # the same on every rank
+            loss = loss_fn(network, *(field[own] for field in batch))
             loss.backward()
             nn.utils.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
             optimizer.step()
@@ -884,7 +964,9 @@ def main(args):
             loss_sum += loss.detach()
             num_losses += 1
             if (step + 1) % 100 == 0:
-                recent_losses.append(loss_sum.item() / num_losses)
+                if world_size > 1:
+                    dist.all_reduce(loss_sum)
+                recent_losses.append(loss_sum.item() / num_losses / world_size)
                 finite = math.isfinite(recent_losses[-1])
                 require(finite, f"step {step + 1}: the loss is {recent_losses[-1]}; {kept}")
                 loss_sum, num_losses = torch.zeros_like(loss_sum), 0
@@ -893,11 +975,14 @@ def main(args):
                     log = {"loss": recent_losses[-1], "lr": scheduler.get_last_lr()[0]}
                     wandb.log(log, step=step + 1)
             last = step + 1 == args.train_steps
-            if (step + 1) % args.save_every == 0 or last or caught.is_set():
+            stop = agree(caught.is_set())
+            if rank == 0 and ((step + 1) % args.save_every == 0 or last or stop):
                 save(step + 1)
-            if caught.is_set() and not last:
+            if stop and not last:
                 progress.close()
-                sys.exit(f"interrupted at step {step + 1}; --resume continues from there")
+                agree(False)  # until rank 0 has saved: torchrun ends all when one has ended
+                message = f"interrupted at step {step + 1}; --resume continues from there"
+                sys.exit(message if rank == 0 else 1)
     steps = f"{args.train_steps} steps, {(time.time() - started) / 60:.1f} min"
     if recent_losses:
         steps += f", loss {np.mean(recent_losses):.3f} over the last {100 * len(recent_losses)}"

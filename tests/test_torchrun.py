@@ -1,0 +1,221 @@
+"""Stages A and B under torchrun: two processes on the CPU give what one process gives."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+
+import gta_augment as B
+import gta_diffusion as A
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SIZES = {"horizon": 7, "dim": 8, "batch_size": 8, "device": "cpu", "compile": False}
+LIMIT = 120  # seconds: a hang is an error
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torchrun gives each process one thread; sums of several threads may round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(script, folder, **changes):
+    """Starts a script in two processes; its output goes to folder/log."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in changes.items() if not isinstance(v, bool)]
+    flags += [f"--{k}" for k, v in changes.items() if v is True]
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(
+            [*TORCHRUN, ROOT / script, *flags],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def finish(process, folder, code=0):
+    """Waits for what start started. Returns its output; fails if its exit code is another."""
+    try:
+        returncode = process.wait(LIMIT)
+    finally:
+        process.kill()
+    output = (folder / "log").read_text()
+    assert returncode == code, output
+    return output
+
+
+def run_two(script, folder, code=0, **changes):
+    return finish(start(script, folder, **changes), folder, code)
+
+
+def train_two(folder, code=0, **changes):
+    flags = {"env": SAMPLE, **SIZES, **changes}
+    del flags["compile"]  # is off on the CPU
+    return run_two("gta_diffusion.py", folder, code, **flags)
+
+
+def train_one(folder, **changes):
+    A.main(A.Args(env=str(SAMPLE), out=folder / "diffusion.pt", **{**SIZES, **changes}))
+
+
+def load(folder):
+    return A.load_checkpoint(folder / "diffusion.pt")
+
+
+def distance(a, b):
+    """Euclidean distance of two lists of tensors."""
+    return sum((x - y).double().pow(2).sum() for x, y in zip(a, b, strict=True)).sqrt().item()
+
+
+def weights(checkpoint, part="model"):
+    return list(checkpoint[part].values())
+
+
+def moments(checkpoint, key="exp_avg"):
+    return [own[key] for own in checkpoint["optimizer"]["state"].values()]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and a["step"] == b["step"]
+    for part in ("model", "ema", "rng"):
+        assert a[part].keys() == b[part].keys()  # no prefix of a wrapper
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part]), part
+    assert all(map(torch.equal, moments(a), moments(b)))
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+
+
+@pytest.fixture
+def by_halves(monkeypatch):
+    """Makes one process do what two do: the loss of either half of the batch, and their mean."""
+    loss = A.edm_loss
+
+    def mean_of_halves(denoiser, *batch):
+        halves = zip(*(field.chunk(2) for field in batch))
+        return sum(loss(denoiser, *half) for half in halves) / 2
+
+    monkeypatch.setattr(A, "edm_loss", mean_of_halves)
+
+
+def loss_in(output):
+    return float(re.search(r"loss ([\d.]+) over the last 100", output)[1])
+
+
+def test_training_is_that_of_one_process(tmp_path, capsys, by_halves):
+    """To the bit, where the one process adds up the same halves."""
+    (tmp_path / "one").mkdir()
+    changes = {"horizon": 1, "train_steps": 100}
+    train_one(tmp_path / "one", **changes)
+    one = capsys.readouterr().out
+    two = train_two(tmp_path, **changes)
+    assert_same(load(tmp_path / "one"), load(tmp_path))
+    assert loss_in(two) == pytest.approx(loss_in(one), abs=1e-3)
+    assert two.count("dataset: ") == two.count("denoiser: ") == two.count("wrote ") == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_training_is_that_of_one_process_but_for_rounding(tmp_path):
+    """One process that knows nothing of halves. Adam divides a gradient by its size, so that
+    rounding grows from step to step: few steps, a low rate, and a tolerance of 1 %."""
+    (tmp_path / "one").mkdir()
+    few = {"train_steps": 10, "lr": 1e-6}
+    train_one(tmp_path / "one", **few)
+    train_two(tmp_path, **few)
+    one, two = load(tmp_path / "one"), load(tmp_path)
+    torch.manual_seed(0)
+    initial = list(A.Denoiser(7, 11, 3, 8).state_dict().values())
+    for part in ("model", "ema"):
+        moved = distance(weights(one, part), initial)
+        assert 0 < distance(weights(one, part), weights(two, part)) < 0.01 * moved
+    for key in ("exp_avg", "exp_avg_sq"):
+        size = distance(moments(one, key), [torch.zeros(())] * len(moments(one, key)))
+        assert distance(moments(one, key), moments(two, key)) < 0.01 * size
+
+
+def test_a_stopped_run_goes_on_in_one_process_and_in_two(tmp_path, by_halves, monkeypatch):
+    """Two processes, SIGTERM, one process, SIGTERM, two processes: the bits of an unbroken run."""
+    (tmp_path / "whole").mkdir()
+    steps = {"train_steps": 30}
+    train_one(tmp_path / "whole", **steps)
+
+    process = start("gta_diffusion.py", tmp_path, env=SAMPLE, **SIZES, **steps)
+    while process.poll() is None and not re.search(r"\| [1-9]\d*/30", read(tmp_path / "log")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(LIMIT)
+    output = read(tmp_path / "log")
+    assert process.returncode != 0
+    (stopped_at,) = re.findall(r"interrupted at step (\d+); --resume continues", output)
+    assert load(tmp_path)["step"] == int(stopped_at) < 20
+
+    class SignalAtStep20(A.tqdm):
+        def __iter__(self):
+            for step in super().__iter__():
+                if step + 1 == 20:
+                    signal.raise_signal(signal.SIGTERM)
+                yield step
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted at step 20"):
+        patch.setattr(A, "tqdm", SignalAtStep20)
+        train_one(tmp_path, resume=True, **steps)
+    output = train_two(tmp_path, resume=True, **steps)
+    assert "resumed diffusion.pt at step 20 of 30" in output
+    assert_same(load(tmp_path / "whole"), load(tmp_path))
+
+
+def read(path):
+    return path.read_text()
+
+
+def test_the_buffer_is_that_of_one_process(tmp_path):
+    """To the byte, whatever the number of processes: five batches, the last one smaller."""
+    train_one(tmp_path, train_steps=2)
+    flags = {"checkpoint": tmp_path / "diffusion.pt", "num_transitions": 7 * 36, "num_steps": 8}
+    flags |= {"mu": 0.5, "batch_size": 8, "device": "cpu"}
+    buffers = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    B.main(B.Args(out=tmp_path / "one" / "b.npz", **flags))
+    output = run_two("gta_augment.py", tmp_path / "two", out=tmp_path / "one" / "b.npz", **flags)
+    assert "is there already, made with these flags" in output and "wrote" not in output
+    output = run_two("gta_augment.py", tmp_path / "two", out=tmp_path / "two" / "b.npz", **flags)
+    assert output.count("wrote ") == output.count("mean reward: ") == 1
+    for name in ("one", "two"):
+        with B.np.load(tmp_path / name / "b.npz", allow_pickle=False) as file:
+            buffers.append({key: file[key] for key in file.files if key != "metadata"})
+    assert buffers[0].keys() == buffers[1].keys()
+    assert all((buffers[0][key] == buffers[1][key]).all() for key in buffers[0])
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["b.npz", "log"]
+
+
+EXPLODES = {"lr": 1e9, "horizon": 1, "batch_size": 2, "train_steps": 100, "overwrite": True}
+
+
+@pytest.mark.parametrize(
+    "script, changes, message",
+    [
+        ("gta_diffusion.py", {"batch_size": 7}, "--batch-size 7: 2 processes must divide it"),
+        ("gta_diffusion.py", {"train_steps": 9}, "was trained with --train-steps 2, not 9"),
+        ("gta_diffusion.py", EXPLODES, "step 100: the loss is nan"),
+        ("gta_augment.py", {"device": "cuda:1"}, "torchrun gives every process its GPU"),
+    ],
+    ids=["batch size", "another run's file", "not finite", "device"],
+)
+def test_an_error_is_one_line_and_ends_all(tmp_path, script, changes, message):
+    train_one(tmp_path, train_steps=2)
+    before = (tmp_path / "diffusion.pt").read_bytes()
+    flags = {"env": SAMPLE, **SIZES} if script == "gta_diffusion.py" else {}
+    output = run_two(script, tmp_path, code=1, **{**flags, **changes})
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert (tmp_path / "diffusion.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["diffusion.pt", "log"]
