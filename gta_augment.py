@@ -37,6 +37,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -113,15 +114,18 @@ class Args:
     """highest noise level with churn (Table 7)"""
     s_noise: float = 1.003
     """standard deviation of the churn's noise (Table 7)"""
-    batch_size: int = 1024
-    """subtrajectories denoised at once"""
+    batch_size: int | None = None
+    """subtrajectories denoised at once, at most. Default: 2048 on CUDA, 32 on a CPU"""
     seed: int = 0
     """seed of sources and noise"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, cuda:1, cpu"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """of the network's arithmetic; all else is fp32. Default: bf16 on CUDA, fp32 on a CPU. fp32 on
+    CUDA multiplies in TF32"""
     compile: bool | None = None
     """compile the denoiser with torch.compile. Default: on CUDA; on a CPU it takes minutes and
-    gains nothing"""
+    gains little"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "gta"
@@ -168,6 +172,7 @@ def pick_device(name):
         require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # same seed, same result
+        torch.set_float32_matmul_precision("high")  # TF32
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
     return device
@@ -720,11 +725,12 @@ class Denoiser(nn.Module):
     The last row's action and reward are empty cells: zero going in and zero coming out.
     """
 
-    def __init__(self, horizon, obs_dim, act_dim, dim, sigma_data=1.0):
+    def __init__(self, horizon, obs_dim, act_dim, dim, sigma_data=1.0, bf16=False):
         super().__init__()
         num_dims = obs_dim + act_dim + 1
         self.net = MixerUNet(horizon + 1, num_dims, dim)
         self.sigma_data = sigma_data
+        self.bf16 = bf16
         filled = torch.ones(horizon + 1, num_dims)
         filled[-1, obs_dim:] = 0.0
         self.register_buffer("filled", filled)
@@ -738,7 +744,9 @@ class Denoiser(nn.Module):
         c_in = 1 / norm
         c_noise = torch.log(sigma) / 4
         x = x * self.filled
-        return (c_skip * x + c_out * self.net(c_in * x, c_noise, y, keep)) * self.filled
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            F_x = self.net(c_in * x, c_noise, y, keep)
+        return (c_skip * x + c_out * F_x) * self.filled  # fp32: c_out is
 
 
 def load_checkpoint(path):
@@ -933,7 +941,7 @@ def fit_reward_proxy(transitions, mean, std, num_steps=10_000, batch_size=256, l
     proxy = RewardProxy(mean, std).to(transitions.device)
     optimizer = torch.optim.Adam(proxy.parameters(), lr, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for _ in tqdm(range(num_steps), desc="reward proxy", leave=False):
+    for _ in tqdm(range(num_steps), desc="reward proxy", leave=False, disable=ranks()[0] > 0):
         batch = train[torch.randint(len(train), (batch_size,), device=train.device)]
         loss = ((proxy(batch[:, :-1]) - batch[:, -1]) / std[-1]).pow(2).mean()
         optimizer.zero_grad()
@@ -957,10 +965,24 @@ def predict_rewards(proxy, buffer, device):
 # --- output ---
 
 
+def send_to_host(x):
+    """Starts a copy of x to the host. Returns a function that waits for it and returns the array,
+    so that the device works on while the host does."""
+    host = x.to("cpu", non_blocking=True)  # into pinned memory, if x is on a GPU
+    copied = torch.cuda.current_stream().record_event() if x.is_cuda else None
+
+    def wait():
+        if copied:
+            copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
 def name_flags(args, free):
     """Returns a word for every flag that is not at its default, such as "num-steps 64"; those in
     free, and those that do not change what comes out, are left out."""
-    free = {*free, "out", "overwrite", "env", "seed", "device", "compile", "track"}
+    free = {*free, "out", "overwrite", "env", "seed", "device", "precision", "compile", "track"}
     words = []
     for key, value in plain_args(args).items():
         if key not in free and not key.startswith("wandb") and value != getattr(Args, key):
@@ -1066,6 +1088,7 @@ def main(args):
     )
     require_writable("--out", args.out)
     device = pick_device(own_device(args.device))
+    bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
@@ -1075,7 +1098,7 @@ def main(args):
     require_types(f"{args.checkpoint}: args", trained, {**types, "dim": int})
     try:
         horizon, obs_dim, act_dim = (checkpoint[k] for k in ("horizon", "obs_dim", "act_dim"))
-        denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"])
+        denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"], bf16=bf16)
         load_weights(denoiser, checkpoint["ema"])
         zeros = torch.zeros(obs_dim + act_dim + 1)
         if not has_form(checkpoint["normalizer"], {"mean": zeros, "std": zeros}):
@@ -1163,31 +1186,47 @@ def main(args):
         proxy, r_squared = fit_reward_proxy(transitions, mean, std)
         print(f"reward proxy: R^2 {r_squared:.4f} on transitions it has not seen")
 
-    @torch.no_grad()
-    def generate(batch, owner):
-        """Augments the windows sources[batch]; returns their rows [B, H + 1, D] in real units.
+    max_batch_size = args.batch_size or (2048 if device.type == "cuda" else 32)
+    num_batches = math.ceil(num_sources / max_batch_size)
+    batch_size = math.ceil(num_sources / num_batches)
+    start = torch.tensor(windows.start[sources], device=device)
+    y_hat = torch.tensor(condition, dtype=torch.float32, device=device)
 
-        Rank owner does it and sends them to rank 0. The others only draw the noise of the batch, so
-        that the next batch has the noise that it has in one process; what they return is none.
+    @torch.no_grad()
+    def generate(number):
+        """Augments the windows of a batch; returns their rows [B, H + 1, D] in real units.
+
+        The ranks take batches in turn and send them to rank 0. Of another's batch a rank only draws
+        the noise, so that its next batch has the noise that it has in one process.
         """
-        start = torch.tensor(windows.start[sources[batch]], device=device)
-        y_hat = torch.tensor(condition[batch], dtype=torch.float32, device=device)
-        source = gather_windows(rows, start, horizon, obs_dim)
+        batch = torch.arange(number * batch_size, (number + 1) * batch_size, device=device)
+        batch %= num_sources  # fills up the last one: all have one shape, which is compiled once
+        source = gather_windows(rows, start[batch], horizon, obs_dim)
         x, levels = partial_noise(source, sigmas, args.mu)
         denoise = partial(unconditional_denoiser, denoiser)
         if args.condition in ("amplified", "fixed"):
-            denoise = partial(guided_denoiser, denoiser, y=y_hat, w=args.guidance)
+            denoise = partial(guided_denoiser, denoiser, y=y_hat[batch], w=args.guidance)
         elif args.condition == "inpaint":
             denoise = partial(inpainting_denoiser, denoise, source[:, :-1, -1])
+        owner = number % world_size
         if rank != owner:
             denoise = lambda x, sigma: x  # noqa: E731
         x = edm_sampler(denoise, x, levels, gamma, args.s_min, args.s_max, args.s_noise)
-        x = (x * std + mean).cpu()
+        x = x * std + mean
         if rank == owner > 0:
-            dist.send(x, 0)
+            dist.send(x.cpu(), 0)
         elif rank == 0 < owner:
-            dist.recv(x, owner)
-        return x.numpy()
+            dist.recv(x := torch.empty(x.shape), owner)
+        return x
+
+    def generate_all():
+        """Gives all batches as arrays on the host, each while the device makes the next one."""
+        on_their_way = deque()
+        for number in range(num_batches):
+            on_their_way.append(send_to_host(generate(number)))
+            if number > 0:
+                yield on_their_way.popleft()()
+        yield on_their_way.popleft()()
 
     steps = windows.start[sources][:, None] + np.arange(horizon)  # [N, H] rows of the transitions
     buffer = {
@@ -1204,9 +1243,9 @@ def main(args):
     started = time.time()
     progress = tqdm(total=num_sources, unit="traj", disable=rank > 0)
     with catch_signals() as caught, progress:
-        for number, i in enumerate(range(0, num_sources, args.batch_size)):
-            batch = slice(i, min(i + args.batch_size, num_sources))
-            x = generate(batch, owner=number % world_size)
+        for number, x in enumerate(generate_all()):
+            batch = slice(number * batch_size, min((number + 1) * batch_size, num_sources))
+            x = x[: batch.stop - batch.start]
             if rank == 0:  # elsewhere the empty arrays take no memory
                 buffer["observations"][batch] = x[:, :, :obs_dim]
                 buffer["actions"][batch] = x[:, :-1, obs_dim:-1].clip(low, high)

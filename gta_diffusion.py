@@ -42,7 +42,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import minari
@@ -103,9 +103,12 @@ class Args:
     """seed of initial weights, batches and noise"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, cuda:1, cpu"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """of the network's arithmetic; all else is fp32. Default: bf16 on CUDA, fp32 on a CPU. fp32 on
+    CUDA multiplies in TF32"""
     compile: bool | None = None
-    """compile the denoiser with torch.compile. Default: on CUDA; on a CPU it takes minutes and
-    gains nothing"""
+    """compile the denoiser with torch.compile and record the step as a CUDA graph. Default: on
+    CUDA; on a CPU it takes minutes and gains little"""
     track: bool = False
     """log to Weights & Biases"""
     wandb_project: str = "gta"
@@ -152,6 +155,7 @@ def pick_device(name):
         require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # same seed, same result
+        torch.set_float32_matmul_precision("high")  # TF32
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
     return device
@@ -720,11 +724,12 @@ class Denoiser(nn.Module):
     The last row's action and reward are empty cells: zero going in and zero coming out.
     """
 
-    def __init__(self, horizon, obs_dim, act_dim, dim, sigma_data=1.0):
+    def __init__(self, horizon, obs_dim, act_dim, dim, sigma_data=1.0, bf16=False):
         super().__init__()
         num_dims = obs_dim + act_dim + 1
         self.net = MixerUNet(horizon + 1, num_dims, dim)
         self.sigma_data = sigma_data
+        self.bf16 = bf16
         filled = torch.ones(horizon + 1, num_dims)
         filled[-1, obs_dim:] = 0.0
         self.register_buffer("filled", filled)
@@ -738,7 +743,9 @@ class Denoiser(nn.Module):
         c_in = 1 / norm
         c_noise = torch.log(sigma) / 4
         x = x * self.filled
-        return (c_skip * x + c_out * self.net(c_in * x, c_noise, y, keep)) * self.filled
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            F_x = self.net(c_in * x, c_noise, y, keep)
+        return (c_skip * x + c_out * F_x) * self.filled  # fp32: c_out is
 
 
 # --- training ---
@@ -754,6 +761,11 @@ def edm_loss(denoiser, x, y, keep, sigma, noise):
     return (weight * (denoiser(x + s * noise, sigma, y, keep) - x) ** 2).mean()
 
 
+def warm_restarts(step, period):
+    """The share of the learning rate at step 1, 2, ...: a cosine from 1 to 0 in every period."""
+    return 0.5 * (1 + math.cos(math.pi * ((step - 1) % period) / period))
+
+
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
     """Moves the averaged weights towards the model's.
@@ -762,6 +774,19 @@ def update_ema(ema, model, step, decay):
     """
     decay = min(decay, 1 - step ** (-2 / 3))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def record_graph(function):
+    """Records what function() does on the GPU; returns a function that does it in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def get_rng_state(device):
@@ -870,13 +895,17 @@ def main(args):
     start = torch.tensor(windows.start, device=device)
     y = torch.tensor(windows.y, device=device) * args.return_scale
 
-    denoiser = Denoiser(args.horizon, obs_dim, act_dim, args.dim).to(device)
+    compiles = device.type == "cuda" if args.compile is None else args.compile
+    bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    denoiser = Denoiser(args.horizon, obs_dim, act_dim, args.dim, bf16=bf16).to(device)
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        denoiser.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-        optimizer, T_0=max(1, args.train_steps // 10)
+        denoiser.parameters(),
+        torch.tensor(args.lr, device=device),  # a tensor can change in a CUDA graph
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",
     )
     num_parameters = sum(p.numel() for p in denoiser.parameters())
     print(f"denoiser: {num_parameters / 1e6:.1f} M parameters, {args.horizon + 1} rows")
@@ -888,7 +917,6 @@ def main(args):
             load_weights(denoiser, checkpoint["model"])
             load_weights(ema, checkpoint["ema"])
             put_moments(optimizer, checkpoint["optimizer"]["state"])
-            scheduler.step(checkpoint["step"])  # the learning rate depends on nothing else
             set_rng_state(checkpoint["rng"], device)
         except Exception as error:
             sys.exit(f"error: {args.out}: does not fit together ({first_line(error)})")
@@ -923,65 +951,75 @@ def main(args):
         }
         write_atomically(args.out, lambda file: torch.save(checkpoint, file))
 
-    compiles = device.type == "cuda" if args.compile is None else args.compile
-    loss_fn = torch.compile(edm_loss) if compiles else edm_loss
     network = denoiser
     if world_size > 1:  # averages the gradients over the ranks
         network = nn.parallel.DistributedDataParallel(denoiser)
         network.sigma_data = denoiser.sigma_data
+    loss_fn = torch.compile(edm_loss) if compiles else edm_loss
     share = args.batch_size // world_size
     own = slice(rank * share, (rank + 1) * share)  # what this rank does of a batch
+    loss_sum, num_losses = torch.zeros((), device=device), 0
+
+    def train_step():
+        """One gradient step. Batch and noise are the same on every rank; each does its share."""
+        index = torch.randint(len(start), (args.batch_size,), device=device)
+        x = gather_windows(rows, start[index], args.horizon, obs_dim)
+        keep = (torch.rand(len(x), device=device) >= args.condition_dropout).float()
+        sigma = torch.exp(args.p_mean + args.p_std * torch.randn(len(x), device=device))
+        batch = (x, y[index], keep, sigma, torch.randn_like(x))
+        loss = loss_fn(network, *(field[own] for field in batch))
+        loss.backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_sum.add_(loss.detach())
+
     if args.track:
         import wandb
 
         wandb.init(project=args.wandb_project, entity=args.wandb_entity, config=plain_args(args))
 
-    loss_sum, num_losses = torch.zeros((), device=device), 0
+    train = train_step
+    records = device.type == "cuda" and compiles and world_size == 1
+    last_eager_step = first_step + 10  # by then all is compiled, and the optimizer's state is there
+    lr_period = max(1, args.train_steps // 10)
     recent_losses = deque(maxlen=10)  # means of 100 steps each
     started = time.time()
     progress = tqdm(
-        range(first_step, args.train_steps),
+        range(first_step + 1, args.train_steps + 1),
         initial=first_step,
         total=args.train_steps,
         disable=rank > 0,
     )
     with catch_signals() as caught:
         for step in progress:
-            index = torch.randint(len(start), (args.batch_size,), device=device)
-            x = gather_windows(rows, start[index], args.horizon, obs_dim)
-            keep = (torch.rand(len(x), device=device) >= args.condition_dropout).float()
-            sigma = torch.exp(args.p_mean + args.p_std * torch.randn(len(x), device=device))
-            batch = (x, y[index], keep, sigma, torch.randn_like(x))  # the same on every rank
-            loss = loss_fn(network, *(field[own] for field in batch))
-            loss.backward()
-            nn.utils.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            if (step + 1) % args.ema_every == 0:
-                update_ema(ema, denoiser, step + 1, args.ema_decay)
+            if records and step == last_eager_step + 1:
+                train = record_graph(train_step)
+            lr = args.lr * warm_restarts(step, lr_period)
+            optimizer.param_groups[0]["lr"].fill_(lr)
+            train()
+            if step % args.ema_every == 0:
+                update_ema(ema, denoiser, step, args.ema_decay)
 
-            loss_sum += loss.detach()
             num_losses += 1
-            if (step + 1) % 100 == 0:
+            if step % 100 == 0:
                 if world_size > 1:
                     dist.all_reduce(loss_sum)
                 recent_losses.append(loss_sum.item() / num_losses / world_size)
                 finite = math.isfinite(recent_losses[-1])
-                require(finite, f"step {step + 1}: the loss is {recent_losses[-1]}; {kept}")
-                loss_sum, num_losses = torch.zeros_like(loss_sum), 0
+                require(finite, f"step {step}: the loss is {recent_losses[-1]}; {kept}")
+                loss_sum.zero_()
+                num_losses = 0
                 progress.set_postfix(loss=f"{recent_losses[-1]:.3f}")
                 if args.track:
-                    log = {"loss": recent_losses[-1], "lr": scheduler.get_last_lr()[0]}
-                    wandb.log(log, step=step + 1)
-            last = step + 1 == args.train_steps
+                    wandb.log({"loss": recent_losses[-1], "lr": lr}, step=step)
             stop = agree(caught.is_set())
-            if rank == 0 and ((step + 1) % args.save_every == 0 or last or stop):
-                save(step + 1)
-            if stop and not last:
+            if rank == 0 and (step % args.save_every == 0 or step == args.train_steps or stop):
+                save(step)
+            if stop and step < args.train_steps:
                 progress.close()
                 agree(False)  # until rank 0 has saved: torchrun ends all when one has ended
-                message = f"interrupted at step {step + 1}; --resume continues from there"
+                message = f"interrupted at step {step}; --resume continues from there"
                 sys.exit(message if rank == 0 else 1)
     steps = f"{args.train_steps} steps, {(time.time() - started) / 60:.1f} min"
     if recent_losses:

@@ -169,6 +169,7 @@ def pick_device(name):
         require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # same seed, same result
+        torch.set_float32_matmul_precision("high")  # TF32
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
     return device

@@ -169,6 +169,7 @@ def pick_device(name):
         require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # same seed, same result
+        torch.set_float32_matmul_precision("high")  # TF32
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
     return device
@@ -763,7 +764,7 @@ def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
 def name_flags(args, free):
     """Returns a word for every flag that is not at its default, such as "num-steps 64"; those in
     free, and those that do not change what comes out, are left out."""
-    free = {*free, "out", "overwrite", "env", "seed", "device", "compile", "track"}
+    free = {*free, "out", "overwrite", "env", "seed", "device", "precision", "compile", "track"}
     words = []
     for key, value in plain_args(args).items():
         if key not in free and not key.startswith("wandb") and value != getattr(Args, key):

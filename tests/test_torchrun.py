@@ -175,7 +175,7 @@ def stop_one(folder, monkeypatch, at, **changes):
     class SignalAtStep(A.tqdm):
         def __iter__(self):
             for step in super().__iter__():
-                if step + 1 == at:
+                if step == at:
                     signal.raise_signal(signal.SIGTERM)
                 yield step
 
