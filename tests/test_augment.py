@@ -420,7 +420,7 @@ def test_conditions_see_the_sources_return_or_not(condition, pipeline, tmp_path,
         return forward(self, x, sigma, y, keep)
 
     monkeypatch.setattr(B.Denoiser, "forward", spy)
-    changes = {**TINY, "alpha": 1.3, "condition": condition}
+    changes = {**TINY, "alpha": 1.3, "condition": condition, "batch_size": 60}
     buffer = augment(make_args(pipeline, tmp_path / "b.npz", **changes))
     checkpoint = B.load_checkpoint(pipeline[0] / "diffusion.pt")
     windows = B.make_windows(B.load_dataset(checkpoint["env"]), 7, 0.99, 100.0)
