@@ -750,7 +750,7 @@ class Stacked:
     """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
 
     Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
-    vmap over params runs them for all agents.
+    lift runs them for all agents.
     """
 
     def __init__(self, networks, device):
@@ -788,10 +788,33 @@ def polyak(target, params, tau):
     torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
 
 
+def unbind(x):
+    """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
+    if torch.is_tensor(x):
+        return x.unbind()
+    if isinstance(x, dict):
+        return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
+    return [type(x)(*own) for own in zip(*map(unbind, x))]
+
+
 def lift(function, device):
-    """vmap over the agents; on a CPU, whose cache all of them at once outgrow, one by one."""
-    chunk_size = 1 if device.type == "cpu" else None
-    return vmap(function, randomness="different", chunk_size=chunk_size)
+    """Turns a function of one agent into one of all: all tensors get a leading [num_seeds].
+
+    It returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap. Else
+    they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at a
+    time.
+    """
+
+    def lifted(*inputs):
+        agents = list(zip(*map(unbind, inputs)))
+        if device.type == "cuda" and len(agents) > 1:
+            return vmap(function, randomness="different")(*inputs)
+        outputs = [function(*own) for own in agents]
+        if torch.is_tensor(outputs[0]):
+            return torch.stack(outputs)
+        return {key: torch.stack([own[key] for own in outputs]) for key in outputs[0]}
+
+    return lifted
 
 
 def records_graph(args, device):

@@ -729,7 +729,7 @@ class Stacked:
     """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
 
     Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
-    vmap over params runs them for all agents.
+    lift runs them for all agents.
     """
 
     def __init__(self, networks, device):
@@ -765,6 +765,35 @@ def descend(optimizer, losses):
 def polyak(target, params, tau):
     """Moves the target's weights by the share tau towards the network's."""
     torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
+
+
+def unbind(x):
+    """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
+    if torch.is_tensor(x):
+        return x.unbind()
+    if isinstance(x, dict):
+        return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
+    return [type(x)(*own) for own in zip(*map(unbind, x))]
+
+
+def lift(function, device):
+    """Turns a function of one agent into one of all: all tensors get a leading [num_seeds].
+
+    It returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap. Else
+    they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at a
+    time.
+    """
+
+    def lifted(*inputs):
+        agents = list(zip(*map(unbind, inputs)))
+        if device.type == "cuda" and len(agents) > 1:
+            return vmap(function, randomness="different")(*inputs)
+        outputs = [function(*own) for own in agents]
+        if torch.is_tensor(outputs[0]):
+            return torch.stack(outputs)
+        return {key: torch.stack([own[key] for own in outputs]) for key in outputs[0]}
+
+    return lifted
 
 
 def records_graph(args, device):
@@ -834,6 +863,7 @@ class IQL:
     """num_seeds agents of IQL: networks, target networks, optimizer."""
 
     def __init__(self, args, obs_dim, act_dim, device):
+        self.device = device
         actors, critics, values = [], [], []
         for seed in range(args.seed, args.seed + args.num_seeds):
             torch.manual_seed(seed)
@@ -886,7 +916,7 @@ def update(agents, batch, args):
         }
 
     networks = (agents.actor.params, agents.critic.params, agents.value.params)
-    losses = vmap(all_losses, randomness="different")(*networks, agents.critic_target, batch)
+    losses = lift(all_losses, agents.device)(*networks, agents.critic_target, batch)
     # none of the losses reaches another's network, so that their sum gives each network its own
     descend(agents.optimizers["all"], sum(losses.values()))
     polyak(agents.critic_target, agents.critic.params, args.tau)

@@ -706,7 +706,7 @@ class Stacked:
     """One network of all agents: its weights are stacked, every tensor is [num_seeds, ...].
 
     Networks and losses are written for one agent: bind(weights of one agent)(s) is its forward.
-    vmap over params runs them for all agents.
+    lift runs them for all agents.
     """
 
     def __init__(self, networks, device):
@@ -742,6 +742,35 @@ def descend(optimizer, losses):
 def polyak(target, params, tau):
     """Moves the target's weights by the share tau towards the network's."""
     torch._foreach_lerp_(list(target.values()), [p.detach() for p in params.values()], tau)
+
+
+def unbind(x):
+    """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
+    if torch.is_tensor(x):
+        return x.unbind()
+    if isinstance(x, dict):
+        return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
+    return [type(x)(*own) for own in zip(*map(unbind, x))]
+
+
+def lift(function, device):
+    """Turns a function of one agent into one of all: all tensors get a leading [num_seeds].
+
+    It returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap. Else
+    they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at a
+    time.
+    """
+
+    def lifted(*inputs):
+        agents = list(zip(*map(unbind, inputs)))
+        if device.type == "cuda" and len(agents) > 1:
+            return vmap(function, randomness="different")(*inputs)
+        outputs = [function(*own) for own in agents]
+        if torch.is_tensor(outputs[0]):
+            return torch.stack(outputs)
+        return {key: torch.stack([own[key] for own in outputs]) for key in outputs[0]}
+
+    return lifted
 
 
 def records_graph(args, device):
@@ -791,6 +820,7 @@ class TD3BC:
     """num_seeds agents of TD3+BC: networks, target networks, optimizers."""
 
     def __init__(self, args, obs_dim, act_dim, device):
+        self.device = device
         actors, critics = [], []
         for seed in range(args.seed, args.seed + args.num_seeds):
             torch.manual_seed(seed)
@@ -832,13 +862,14 @@ def update(agents, batch, noise, with_actor, args):
         return td3bc_actor_loss(bind_actor(params), bind_critic(critic_params), batch, args)
 
     losses = {
-        "critic_loss": vmap(critic_losses)(
+        "critic_loss": lift(critic_losses, agents.device)(
             agents.critic.params, agents.critic_target, agents.actor_target, batch, noise
         )
     }
     descend(agents.optimizers["critic"], losses["critic_loss"])
     if with_actor:
-        losses["actor_loss"] = vmap(actor_losses)(agents.actor.params, agents.critic.params, batch)
+        params = (agents.actor.params, agents.critic.params)
+        losses["actor_loss"] = lift(actor_losses, agents.device)(*params, batch)
         descend(agents.optimizers["actor"], losses["actor_loss"])
         polyak(agents.critic_target, agents.critic.params, args.tau)
         polyak(agents.actor_target, agents.actor.params, args.tau)

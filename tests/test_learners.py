@@ -40,13 +40,10 @@ def small(module):
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one by one"])
 @every_learner
 def test_three_seeds_equal_three_single_agents(float64, module, at_once, monkeypatch):
-    """At once is how a GPU runs all, and a CPU those with small networks."""
-    if hasattr(module, "lift"):
-        chunk_size = None if at_once else 1
-        lift = partial(vmap, randomness="different", chunk_size=chunk_size)
-        monkeypatch.setattr(module, "lift", lambda function, device: lift(function))
-    elif not at_once:
-        pytest.skip("is always run at once")
+    """At once is how a GPU runs all of them."""
+    if at_once:
+        at_once = partial(vmap, randomness="different")
+        monkeypatch.setattr(module, "lift", lambda function, device: at_once(function))
     changes = {"train_steps": 10, **small(module), **NO_DROPOUT.get(module, {})}
     args = make_args(module, num_seeds=3, seed=7, **changes)
     singles = [make_args(module, num_seeds=1, seed=7 + i, **changes) for i in range(3)]
