@@ -41,10 +41,12 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +106,9 @@ class Args:
     """updates between two evaluations; the last update always has one"""
     eval_episodes: int | None = None
     """episodes of an evaluation (C.3). Default: 10 in locomotion, else 100"""
+    eval_workers: int | None = None
+    """processes that step the environments of an evaluation; 0: this one does. The results are the
+    same. Default: on CUDA one per core, else 0"""
     load: Path | None = None
     """policy.pt to start from. Its agents keep their number and seeds, their optimizers start anew.
     With --train-steps 0 it is only evaluated"""
@@ -946,8 +951,14 @@ def read_env_spec(dataset, which):
     return {**spec.get("kwargs", {}), "id": env_id, "max_episode_steps": steps}
 
 
-def make_env(dataset):
-    """Makes the dataset's own evaluation environment, its observations flattened.
+def make_env(spec):
+    """Makes an environment from arguments of gym.make, its observations flattened."""
+    return gym.wrappers.FlattenObservation(gym.make(**spec))
+
+
+def find_eval_env(dataset):
+    """Returns the arguments of gym.make for the dataset's own evaluation environment. Ends the
+    program with one line if it cannot be made here.
 
     Kitchen's datasets reward a completed task at every step. D4RL's references, 0 and 4, are of
     evaluations that count it once, and end when all are done.
@@ -956,7 +967,7 @@ def make_env(dataset):
         spec = read_env_spec(dataset, "eval_env_spec")
         if "Kitchen" in dataset.env_id and "ref_max_score" not in dataset.source.storage.metadata:
             spec |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-        env = gym.make(**spec)
+        env = make_env(spec)
     except ModuleNotFoundError as error:
         missing = (error.__cause__ or error).name
         sys.exit(
@@ -967,38 +978,148 @@ def make_env(dataset):
         sys.exit(
             f"error: {dataset.env_id} cannot be made with mujoco {version} ({first_line(error)})"
         )
-    env = gym.wrappers.FlattenObservation(env)
     own, other = env.observation_space.shape, dataset.episodes[0].observations.shape[1:]
     require(own == other, f"{dataset.env_id} observes {own} numbers, the dataset holds {other}")
-    return env
+    return spec
+
+
+class Envs:
+    """N environments that step side by side, each until its episode ends.
+
+    reset and step return states [N, obs_dim], rewards [N], and which episodes go on, bool [N]. One
+    that has ended keeps its last state and gets no more reward.
+    """
+
+    def __init__(self, spec, num_envs):
+        self.num_envs = num_envs
+        self.envs = [make_env(spec) for _ in range(num_envs)]
+        self.states = np.zeros((num_envs, *self.envs[0].observation_space.shape))
+        self.alive = np.zeros(num_envs, bool)
+
+    def reset(self, seeds):
+        """Starts an episode where the seed, of seeds [N], is not negative."""
+        self.alive[:] = seeds >= 0
+        for i in np.flatnonzero(self.alive):
+            self.states[i], _ = self.envs[i].reset(seed=int(seeds[i]))
+        return self.states, np.zeros(self.num_envs), self.alive
+
+    def step(self, actions):
+        """Takes actions [N, act_dim]."""
+        rewards = np.zeros(self.num_envs)
+        for i in np.flatnonzero(self.alive):
+            self.states[i], rewards[i], terminated, truncated, _ = self.envs[i].step(actions[i])
+            self.alive[i] = not (terminated or truncated)
+        return self.states, rewards, self.alive
+
+
+def serve_envs(pipe, spec, num_envs):
+    """What a worker process does: its environments do what the pipe asks until the program ends."""
+    warnings.simplefilter("ignore")  # the program has shown them
+    envs = Envs(spec, num_envs)
+    with suppress(EOFError, OSError):
+        while True:
+            method, values = pipe.recv()
+            pipe.send(getattr(envs, method)(values))
+
+
+class WorkerEnvs:
+    """Envs that W worker processes step: environment i is one of worker i % W.
+
+    All of a worker's environments share a message: one takes as long as half a step of MuJoCo.
+    """
+
+    def __init__(self, pipes, num_envs):
+        self.pipes, self.num_envs = pipes, num_envs
+
+    def ask(self, method, values):
+        W = len(self.pipes)
+        try:
+            for w, pipe in enumerate(self.pipes):
+                pipe.send((method, values[w::W]))
+            answers = [pipe.recv() for pipe in self.pipes]
+        except (EOFError, OSError):
+            sys.exit(
+                "error: a process that steps environments has died; if memory ran out, lower "
+                "--eval-workers"
+            )
+        merged = [np.empty((self.num_envs, *x.shape[1:]), x.dtype) for x in answers[0]]
+        for w, answer in enumerate(answers):
+            for whole, part in zip(merged, answer):
+                whole[w::W] = part
+        return merged
+
+    def reset(self, seeds):
+        return self.ask("reset", seeds)
+
+    def step(self, actions):
+        return self.ask("step", actions)
+
+
+@contextmanager
+def open_envs(spec, args, device):
+    """Gives the environments of evaluations, min(--eval-episodes, 10) for every agent, in this
+    process or in --eval-workers others. Those start while training goes on, and end with it."""
+    num_envs = args.num_seeds * min(args.eval_episodes, 10)
+    num_workers = args.eval_workers
+    if num_workers is None:
+        has_affinity = hasattr(os, "sched_getaffinity")  # the cores that this program may use
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        num_workers = cores if device.type == "cuda" else 0
+    num_workers = min(num_workers, num_envs)
+    if num_workers == 0:
+        yield Envs(spec, num_envs)
+        return
+    context, pipes, processes = get_context("spawn"), [], []
+    try:
+        # Ctrl-C reaches workers, too. They inherit that it is ignored: main saves, then ends them
+        signals = (signal.SIGINT, signal.SIGTERM)
+        old = [signal.signal(own, signal.SIG_IGN) for own in signals]
+        try:
+            for w in range(num_workers):
+                pipe, end = context.Pipe()
+                pipes.append(pipe)
+                inputs = (end, spec, len(range(w, num_envs, num_workers)))
+                process = context.Process(target=serve_envs, args=inputs, daemon=True)
+                process.start()
+                processes.append(process)
+                end.close()  # only the worker's is left: its death shows
+        except OSError as error:
+            sys.exit(f"error: --eval-workers {num_workers}: cannot be started ({error.strerror})")
+        finally:
+            for own, handler in zip(signals, old):
+                signal.signal(own, handler)
+        yield WorkerEnvs(pipes, num_envs)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+def episode_seeds(first, num_parallel, args):
+    """Returns the seeds [num_seeds * num_parallel] of the episodes from number first on of every
+    agent, -1 for those after the last."""
+    episodes = first + np.arange(num_parallel)
+    seeds = 1000 * (args.seed + np.arange(args.num_seeds))[:, None] + episodes
+    return np.where(episodes < args.eval_episodes, seeds, -1).ravel()
 
 
 def evaluate(agents, envs, scaling, args, device):
     """Runs --eval-episodes whole episodes of every agent. Returns their mean returns [num_seeds].
 
-    envs is a list of num_seeds * K environments, which step side by side. Episode e of an agent
-    starts from the same state in every evaluation.
+    envs are num_seeds * K environments. Episode e of an agent starts from the same state in every
+    evaluation.
     """
-    num_parallel = len(envs) // args.num_seeds
+    shape = (args.num_seeds, envs.num_envs // args.num_seeds)
     returns = np.zeros(args.num_seeds)
-    for first in range(0, args.eval_episodes, num_parallel):
-        num_episodes = min(num_parallel, args.eval_episodes - first)
-        alive = [(agent, k) for agent in range(args.num_seeds) for k in range(num_episodes)]
-        states = np.zeros((args.num_seeds, num_parallel, len(scaling.obs_mean)))
-        for agent, k in alive:
-            seed = 1000 * (args.seed + agent) + first + k
-            states[agent, k], _ = envs[agent * num_parallel + k].reset(seed=seed)
-        while alive:
-            actions = agents.act(torch.from_numpy(scaling.states(states)).to(device))
-            actions = scaling.env_actions(actions.cpu().numpy())
-            still_alive = []
-            for agent, k in alive:
-                env = envs[agent * num_parallel + k]
-                states[agent, k], reward, terminated, truncated, _ = env.step(actions[agent, k])
-                returns[agent] += reward
-                if not (terminated or truncated):
-                    still_alive.append((agent, k))
-            alive = still_alive
+    for first in range(0, args.eval_episodes, shape[1]):
+        states, _, alive = envs.reset(episode_seeds(first, shape[1], args))
+        while alive.any():
+            s = torch.from_numpy(scaling.states(states)).to(device)
+            actions = agents.act(s.view(*shape, -1)).cpu().numpy()
+            actions = scaling.env_actions(actions).reshape(envs.num_envs, -1)
+            states, rewards, alive = envs.step(actions)
+            returns += rewards.reshape(shape).sum(axis=1)
     return returns / args.eval_episodes
 
 
@@ -1053,7 +1174,7 @@ def load_start(args):
         return None
     args.resume = args.resume.parent if args.resume.name == "policy.pt" else args.resume
     policy = load_policy(args.resume / "policy.pt", "--resume")
-    free = {"resume", "load", "runs", "device", "compile", "track"}
+    free = {"resume", "load", "runs", "device", "compile", "track", "eval_workers"}
     keys = [key for key in types if key not in free and not key.startswith("wandb")]
     where = f"--resume {args.resume}"
     require_types(where, policy["args"], {key: types[key] for key in keys})
@@ -1178,6 +1299,7 @@ def main(args):
     require_positive(
         args, "batch_size", "eval_every", "eval_episodes", "lr", "reward_scale", "beta"
     )
+    require_between(args, 0, 1000, "eval_workers")
     require_between(args, 1, 1000, "num_seeds")
     require_between(args, -1e6, 1e6, "reward_bias")
     require_between(args, 0, 1, "discount", "tau", "expectile", "actor_dropout")
@@ -1213,7 +1335,7 @@ def main(args):
     agents = IQL(args, obs_dim, act_dim, device)
     if policy:
         put_weights(agents, policy)
-    envs = [make_env(dataset) for _ in range(args.num_seeds * min(args.eval_episodes, 10))]
+    env_spec = find_eval_env(dataset)
     score_0, score_100 = reference_returns(dataset)
     run = start_run(args, dataset, about_data, [score_0, score_100])
     torch.manual_seed(args.seed)
@@ -1248,7 +1370,7 @@ def main(args):
     last_eager_step = first_step + 10
     steps = range(first_step + 1, args.train_steps + 1)
     progress = tqdm(steps, initial=first_step, total=args.train_steps, unit="update")
-    with catch_signals() as caught:
+    with open_envs(env_spec, args, device) as envs, catch_signals() as caught:
         for step in progress:
             if records_graph(args, device) and step == last_eager_step + 1:
                 train = record_graph(train_step)

@@ -84,6 +84,7 @@ def test_recorded_eager_and_resumed_runs_agree(name, tmp_path, monkeypatch):
     """main, dropout included: a replayed graph draws the numbers that eager updates draw."""
     module = LEARNERS[name]
     fixed = {"train_steps": 60, "batch_size": 64, "eval_every": 30, "eval_episodes": 2}
+    fixed["eval_workers"] = 0
     weights = {}
     for kind in ("eager", "recorded", "resumed"):
         args = make_fast_args(module, runs=tmp_path / kind, **fixed)
@@ -98,7 +99,7 @@ def test_recorded_eager_and_resumed_runs_agree(name, tmp_path, monkeypatch):
             with monkeypatch.context() as patch, pytest.raises(SystemExit):
                 patch.setattr(module, "save_policy", save_and_die)
                 module.main(args)
-            args = module.Args(resume=next((tmp_path / kind).iterdir()))
+            args = module.Args(resume=next((tmp_path / kind).iterdir()), eval_workers=0)
         module.main(args)
         (run,) = (tmp_path / kind).iterdir()
         weights[kind] = torch.load(run / "policy.pt", weights_only=True)["weights"]

@@ -276,7 +276,8 @@ def test_data_and_evaluation_are_flattened_alike(domain, space, folders):
     first = dataset.episodes[0].observations[0]
     np.testing.assert_array_equal(first, np.concatenate(parts))
     np.testing.assert_array_equal(first, gym.wrappers.FlattenObservation(recorded).reset(seed=0)[0])
-    evaluated = LEARNERS["iql"].make_env(dataset)
+    iql = LEARNERS["iql"]
+    evaluated = iql.make_env(iql.find_eval_env(dataset))
     flat = evaluated.reset(seed=0)[0]
     raw = evaluated.env.reset(seed=0)[0]
     np.testing.assert_array_equal(flat, gym.spaces.flatten(evaluated.env.observation_space, raw))
@@ -319,7 +320,8 @@ def test_kitchen_rewards_the_number_of_completed_tasks(folders):
     assert dataset.episodes[1].rewards.sum() > 4
     for module in LEARNERS.values():
         assert module.reference_returns(dataset) == (0.0, 4.0)
-    env = LEARNERS["td3bc"].make_env(dataset)
+    td3bc = LEARNERS["td3bc"]
+    env = td3bc.make_env(td3bc.find_eval_env(dataset))
     env.reset(seed=0)
     rewards, still = [], np.zeros(9)
     for step in range(6):
@@ -540,7 +542,7 @@ def test_an_environment_that_does_not_fit_is_one_line(folders, tmp_path, monkeyp
     folder = copy_with(folders("kitchen"), tmp_path, "env_spec", tasks)
     dataset = module.load_dataset(str(folder))
     with pytest.raises(SystemExit, match=r"observes \(93,\) numbers, the dataset holds \(81,\)"):
-        module.make_env(dataset)
+        module.find_eval_env(dataset)
     monkeypatch.setattr(mujoco, "mjtJoint", ())
     with pytest.raises(SystemExit, match=rf"cannot be made with mujoco {mujoco.__version__} \("):
-        module.make_env(dataset)
+        module.find_eval_env(dataset)

@@ -226,7 +226,7 @@ def test_evaluation_is_the_environments_return_under_the_target(dataset):
         p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     scaling = dt.make_scaling(dataset.episodes, dataset.source.action_space)
     device = torch.device("cpu")
-    envs = [dt.make_env(dataset) for _ in range(4)]
+    envs = dt.Envs(dt.find_eval_env(dataset), 4)
     returns = dt.evaluate_target_return(agents, envs, scaling, args, device)
     expected, lengths = np.zeros(2), []
     for agent in range(2):

@@ -622,6 +622,7 @@ LONG = {
 def extreme_flags(draw, module):
     """One to three flags with values that few people give."""
     fields = numeric_fields(module)
+    fields.pop("eval_workers", None)  # would start many processes
     flags = {}
     for key in draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=3, unique=True)):
         if fields[key] is float:

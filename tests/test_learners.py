@@ -582,7 +582,7 @@ def test_untrained_agents_score_near_zero(dataset):
         args = make_args(module, **small(module))
         agents = make_agents(module, copy.copy(args))
         scaling = module.make_scaling(dataset.episodes, dataset.source.action_space)
-        envs = [module.make_env(dataset) for _ in range(2)]
+        envs = module.Envs(module.find_eval_env(dataset), 2)
         args.target_return = 3600.0
         evaluate = getattr(module, "evaluate", None) or module.evaluate_target_return
         (value,) = evaluate(agents, envs, scaling, args, torch.device("cpu"))

@@ -119,8 +119,9 @@ def test_evaluation_is_the_environments_return(dataset):
     args = make_args(C, num_seeds=2, seed=3)
     agents = C.TD3BC(args, 11, 3, CPU)
     scaling = C.make_scaling(dataset.episodes, dataset.source.action_space)
-    returns = C.evaluate(agents, [C.make_env(dataset) for _ in range(4)], scaling, args, CPU)
-    split = C.evaluate(agents, [C.make_env(dataset) for _ in range(2)], scaling, args, CPU)
+    spec = C.find_eval_env(dataset)
+    returns = C.evaluate(agents, C.Envs(spec, 4), scaling, args, CPU)
+    split = C.evaluate(agents, C.Envs(spec, 2), scaling, args, CPU)
     expected = np.zeros(2)
     for agent in range(2):
         for episode in range(2):
