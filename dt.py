@@ -736,7 +736,8 @@ def draw_sequences(data, num_seeds, obs_dim, act_dim, args):
 
 
 class TransformerBlock(nn.Module):
-    """Causal self-attention and an MLP, both residual. [B, T, E] -> [B, T, E]"""
+    """Causal self-attention and an MLP, both residual. [B, T, E] -> [B, T, E], or the given tokens
+    of it alone."""
 
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
@@ -746,15 +747,16 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
+    def forward(self, x, tokens=slice(None)):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, E / heads]
         # not F.scaled_dot_product_attention, which vmap runs agent by agent
-        scores = q @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, T, T]
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(diagonal=1)
-        weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+        scores = q[:, :, tokens] @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, T, T]
+        T = x.shape[1]
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
+        weights = scores.masked_fill(later[tokens], -torch.inf).softmax(dim=-1)
         out = (self.dropout(weights) @ v).transpose(1, 2).flatten(-2)
-        x = x + self.dropout(self.project(out))
+        x = x[:, tokens] + self.dropout(self.project(out))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -786,8 +788,12 @@ class DecisionTransformer(nn.Module):
     def forward(self, returns, s, a, timestep):
         tokens = [self.embed_return(returns.unsqueeze(-1)), self.embed_s(s), self.embed_a(a)]
         tokens = torch.stack(tokens, dim=2) + self.embed_timestep(timestep).unsqueeze(2)
-        x = self.blocks(self.dropout(self.norm(tokens.flatten(1, 2))))  # [B, 3L, E]
-        return torch.tanh(self.head(x[:, 1::3]))  # at a state's token: its own action is later
+        x = self.dropout(self.norm(tokens.flatten(1, 2)))  # [B, 3L, E]
+        *blocks, last_block, norm = self.blocks
+        for block in blocks:
+            x = block(x)
+        x = last_block(x, tokens=slice(1, None, 3))  # of the states: a state's own action is later
+        return torch.tanh(self.head(norm(x)))
 
 
 # --- all agents at once ---
@@ -817,7 +823,7 @@ class Stacked:
 def unbind(x):
     """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
     if torch.is_tensor(x):
-        return x.unbind()
+        return x.unbind() if len(x) > 1 else [x.squeeze(0)]  # whose gradient is no copy
     if isinstance(x, dict):
         return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
     return [type(x)(*own) for own in zip(*map(unbind, x))]

@@ -778,7 +778,7 @@ def polyak(target, params, tau):
 def unbind(x):
     """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
     if torch.is_tensor(x):
-        return x.unbind()
+        return x.unbind() if len(x) > 1 else [x.squeeze(0)]  # whose gradient is no copy
     if isinstance(x, dict):
         return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
     return [type(x)(*own) for own in zip(*map(unbind, x))]
