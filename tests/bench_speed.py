@@ -12,7 +12,7 @@ a large matrix product in the same precision. Not collected by pytest.
 import argparse
 import json
 import math
-import platform
+import os
 import sys
 import time
 from functools import partial
@@ -85,10 +85,11 @@ class Report:
     def __init__(self):
         self.rows = []
         self.ceilings = {"fp32": ceiling(torch.float32), "bf16": ceiling(torch.bfloat16)}
-        name = torch.cuda.get_device_name() if CUDA else f"CPU, {platform.processor() or 'unknown'}"
-        threads = torch.get_num_threads()
-        self.machine = f"{name}, {threads} threads, torch {torch.__version__}"
-        self.machine += "" if CUDA else f", {torch.backends.cpu.get_cpu_capability()}"
+        name = (
+            f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        )
+        name = torch.cuda.get_device_name() if CUDA else name
+        self.machine = f"{name}, torch {torch.__version__}"
         print(self.machine)
         for key, value in self.ceilings.items():
             print(f"largest matrix product, {key}: {value:.3g} TFLOP/s")
@@ -168,7 +169,7 @@ def stage_a(report, options):
 
 def stage_b(report, options):
     """One batch of subtrajectories at mu 0.25, K = 128, w = 2: 32 levels, 63 pairs of D."""
-    batch_size = 2048 if CUDA else 32
+    batch_size = 2048 if CUDA else 64
     variants = {"eager": {}, "eager, bf16": {"bf16": True}}
     if options.compile:
         variants["compiled, bf16"] = {"bf16": True, "compiles": True}
@@ -254,9 +255,34 @@ def learner(name, report, options):
             report.add(name, how, seconds / 2, flops, PAPER_STEPS[name])
 
 
+def evaluation(report, options):
+    """Ten episodes of HalfCheetah, which never ends early, for every seed; every 5000 updates."""
+    module, spec = LEARNERS["td3bc"], {"id": "HalfCheetah-v5"}
+    obs_dim, act_dim = HALFCHEETAH.values()
+    scaling = module.Scaling(
+        np.zeros(obs_dim), np.ones(obs_dim), -np.ones(act_dim), np.ones(act_dim)
+    )
+    scaling = module.Scaling(*(x.astype(np.float32) for x in scaling))
+    for num_seeds in (1, 8):
+        for workers in (0, len(os.sched_getaffinity(0))):
+            args = make_args(
+                module,
+                device=str(DEVICE),
+                num_seeds=num_seeds,
+                eval_workers=workers,
+                eval_episodes=10,
+            )
+            agents = module.TD3BC(args, obs_dim, act_dim, DEVICE)
+            with module.open_envs(spec, args, DEVICE) as envs:
+                run = partial(module.evaluate, agents, envs, scaling, args, DEVICE)
+                (seconds,) = time_in_turns([run], seconds=0.0, warmup=1)
+            how = f"{num_seeds} seed{'s' * (num_seeds > 1)}, --eval-workers {workers}"
+            report.add("evaluation", how, seconds, 0, PAPER_STEPS["td3bc"] / 5000)
+
+
 def main():
     parts = {"stage_a": stage_a, "stage_b": stage_b}
-    parts |= {name: partial(learner, name) for name in LEARNERS}
+    parts |= {name: partial(learner, name) for name in LEARNERS} | {"evaluation": evaluation}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *parts], help="what to time; all")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each group of variants")
