@@ -197,9 +197,11 @@ def pick_device(name):
         count = torch.cuda.device_count()
         require(count > 0, f"--device {name}: PyTorch finds no CUDA device; use --device cpu")
         require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
+        # the steps before a CUDA graph is recorded, which is what capturable is for
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
     return device
@@ -864,6 +866,7 @@ def record_graph(function):
         graph.replay()
         return outputs
 
+    replay.recorded = function  # keeps its tensors, whose addresses the graph knows
     return replay
 
 

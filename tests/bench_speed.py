@@ -30,12 +30,11 @@ import gta_augment as B  # noqa: E402
 import gta_diffusion as A  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-DEVICE = A.pick_device("cuda" if CUDA else "cpu")
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 HALFCHEETAH = {"obs_dim": 17, "act_dim": 6}
 HORIZON, DIM = 31, 16
-LEARNER_BATCH = {"td3bc": 1024, "iql": 1024, "cql": 1024, "mcq": 1024, "dt": 64}
 PAPER_STEPS = {"stage A": 1_000_000, **dict.fromkeys(LEARNERS, 1_000_000), "dt": 100_000}
-PAPER_HOURS = {"stage A": 53.0, "stage B": 3.5, "td3bc": 2.0}  # one RTX 3090 (C.4)
+PAPER_HOURS = {"stage A": 53.0, "stage B": 3.5, "td3bc": 2.0}  # one RTX 3090 (Table 27)
 NUM_WINDOWS = math.ceil(5_000_000 / HORIZON)
 
 
@@ -102,11 +101,9 @@ class Report:
         row |= {"tflops": flops / seconds / 1e12, "hours": num * seconds / 3600}
         row["share"] = row["tflops"] / self.ceilings[precision]
         self.rows.append(row)
-        print(
-            f"| {what} | {how} | {1e3 * seconds:.3g} | {1 / seconds:.4g} | {row['tflops']:.3g} | "
-            f"{row['share']:.0%} | {row['hours']:.3g} |",
-            flush=True,
-        )
+        work = f"{row['tflops']:.3g} | {row['share']:.0%}" if flops else "- | -"
+        cells = f"{1e3 * seconds:.3g} | {1 / seconds:.4g} | {work} | {row['hours']:.3g}"
+        print(f"| {what} | {how} | {cells} |", flush=True)
 
 
 # --- stages A and B ---
@@ -244,12 +241,13 @@ def make_updates(name, num_seeds, batch_size, records):
 
 
 def learner(name, report, options):
-    batch_size = options.batch_size or LEARNER_BATCH[name]
+    batch_size = options.batch_size or LEARNERS[name].Args().batch_size
     variants = [("eager", False)] + [("CUDA graph", True)] * CUDA
     for num_seeds in (1, 8):
         runs = [make_updates(name, num_seeds, batch_size, records) for _, records in variants]
         flops = count_flops(runs[0]) / 2
-        times = time_in_turns(runs, options.seconds, warmup=1, repeats=20 if CUDA else 1)
+        repeats = 20 if CUDA and name != "dt" else 1
+        times = time_in_turns(runs, options.seconds, warmup=1, repeats=repeats)
         for (how, _), seconds in zip(variants, times):
             how += f", batch {batch_size}, {num_seeds} seed{'s' * (num_seeds > 1)}"
             report.add(name, how, seconds / 2, flops, PAPER_STEPS[name])
@@ -290,6 +288,7 @@ def main():
     parser.add_argument("--compile", action="store_true", default=CUDA, help="on a CPU, too")
     parser.add_argument("--out", type=Path, default=Path("speed.json"), help="the rows as JSON")
     options = parser.parse_args()
+    A.pick_device(DEVICE.type)  # TF32, as in the scripts
     report = Report()
     for name in options.parts or parts:
         parts[name](report, options)

@@ -16,7 +16,16 @@ import gta_augment as B
 import gta_diffusion as A
 from td3bc import record_graph
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def compile_anew():
+    """As a run does: a function compiled at a second shape would be compiled for any shape."""
+    torch.compiler.reset()
 
 
 FAST = {"lr": 1e-3, "tau": 0.1, "actor_lr": 1e-3, "warmup_steps": 1, "compile": True}
@@ -74,13 +83,15 @@ def flat(inputs):
 
 
 @pytest.fixture
-def full_fp32():
+def full_fp32(monkeypatch):
     """Products in fp32 instead of TF32, so that what is left is the order of sums."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
+    set_precision = torch.set_float32_matmul_precision
+    set_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # main's TF32
     yield
-    torch.set_float32_matmul_precision(before[0])
+    set_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
