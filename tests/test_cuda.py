@@ -28,23 +28,26 @@ def compile_anew():
     torch.compiler.reset()
 
 
-FAST = {"lr": 1e-3, "tau": 0.1, "actor_lr": 1e-3, "warmup_steps": 1, "compile": True}
+# at lr 1e-3 rounding would grow to a tenth of what the weights move, see assert_moved_alike
+CHANGES = {"lr": 1e-5, "actor_lr": 1e-5, "tau": 0.1, "warmup_steps": 1}
 
 
-def make_fast_args(module, **changes):
-    """Arguments under which all weights move far in few updates, targets too."""
-    known = {key: value for key, value in FAST.items() if hasattr(module.Args(), key)}
-    return make_args(module, num_seeds=2, device="cuda", **known, **changes)
+def make_cuda_args(module, **changes):
+    """Arguments under which targets move far in few updates, and a schedule is passed."""
+    known = {key: value for key, value in CHANGES.items() if hasattr(module.Args(), key)}
+    return make_args(module, num_seeds=2, device="cuda", **{**known, **changes})
 
 
 def assert_moved_alike(start, a, b):
-    """Within a twentieth of how far the weights have moved, which is far more than rounding."""
+    """Every network within 2 % of how far it has moved. After 60 updates at lr 1e-5, weights that
+    differ by 1e-7 at first differ by 0.2 % of that (CQL, the worst; measured on a CPU)."""
     for name, params in start.items():
-        for key, p in params.items():
-            moved = (a[name][key] - p).abs().max().item()
-            if moved:  # cql's multiplier does not without --target-gap
-                torch.testing.assert_close(a[name][key], b[name][key], atol=moved / 20, rtol=0)
-        assert any((a[name][key] != p).any() for key, p in params.items()), name
+        moved, apart = (
+            torch.stack([(x[name][key] - y[name][key]).norm() for key in params]).norm()
+            for x, y in ((a, start), (a, b))
+        )
+        assert moved > 0, name
+        assert apart < 0.02 * moved, name
 
 
 def copies(weights):
@@ -52,15 +55,15 @@ def copies(weights):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_recorded_updates_equal_eager_ones(name):
+def test_compiled_and_recorded_updates_equal_eager_ones(name, full_fp32):
     """Inputs are copied into the graph's, rates are set outside of it; no dropout, whose masks
     would differ."""
     module = LEARNERS[name]
-    args = make_fast_args(module, train_steps=60, **NO_DROPOUT.get(module, {}))
+    args = make_cuda_args(module, train_steps=60, **NO_DROPOUT.get(module, {}))
     torch.manual_seed(0)
     inputs = [draw_inputs(module, args, B=64) for _ in range(60)]
     weights = []
-    for recorded in (False, True):
+    for args.compile in (False, True):
         agents = make_agents(module, args)
         start = copies(agents.weights)
         static = copy.deepcopy(inputs[0])
@@ -70,7 +73,7 @@ def test_recorded_updates_equal_eager_ones(name):
         for step, own in enumerate(inputs, start=1):
             for old, new in zip(flat(static), flat(own)):
                 old.copy_(new)
-            if recorded and step == 11:
+            if args.compile and step == 11:
                 take = record_graph(take)
             set_schedule(module, agents, step, args)
             take()
@@ -211,14 +214,14 @@ def test_a_streamed_compiled_buffer_equals_an_eager_one(tmp_path, full_fp32):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_recorded_eager_and_resumed_runs_agree(name, tmp_path, monkeypatch):
+def test_recorded_eager_and_resumed_runs_agree(name, tmp_path, monkeypatch, full_fp32):
     """main, dropout included: a replayed graph draws the numbers that eager updates draw."""
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # eager's dropout masks
     module = LEARNERS[name]
     fixed = {"train_steps": 60, "batch_size": 64, "eval_every": 30, "eval_episodes": 2}
-    fixed["eval_workers"] = 0
     weights = {}
     for kind in ("eager", "recorded", "resumed"):
-        args = make_fast_args(module, runs=tmp_path / kind, **fixed)
+        args = make_cuda_args(module, runs=tmp_path / kind, eval_workers=0, **fixed)
         args.compile = kind != "eager"
         if kind == "resumed":
             save = module.save_policy
@@ -234,7 +237,7 @@ def test_recorded_eager_and_resumed_runs_agree(name, tmp_path, monkeypatch):
         module.main(args)
         (run,) = (tmp_path / kind).iterdir()
         weights[kind] = torch.load(run / "policy.pt", weights_only=True)["weights"]
-    start = make_agents(module, make_fast_args(module, **fixed)).weights
+    start = make_agents(module, make_cuda_args(module, **fixed)).weights
     start = {n: {k: p.detach().cpu() for k, p in params.items()} for n, params in start.items()}
     assert_moved_alike(start, weights["eager"], weights["recorded"])
     assert_moved_alike(start, weights["recorded"], weights["resumed"])

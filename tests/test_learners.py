@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_three_seeds_equal_three_single_agents(float64, module, at_once, monkeyp
     """At once is how a GPU runs all of them."""
     if at_once:
         at_once = partial(vmap, randomness="different")
-        monkeypatch.setattr(module, "lift", lambda function, device: at_once(function))
+        monkeypatch.setattr(module, "lift", lambda function, *_: at_once(function))
     changes = {"train_steps": 10, **small(module), **NO_DROPOUT.get(module, {})}
     args = make_args(module, num_seeds=3, seed=7, **changes)
     singles = [make_args(module, num_seeds=1, seed=7 + i, **changes) for i in range(3)]
@@ -62,6 +63,29 @@ def test_three_seeds_equal_three_single_agents(float64, module, at_once, monkeyp
         for key, p in params.items():
             for i, agent in enumerate(alone):
                 torch.testing.assert_close(p[i], agent.weights[name][key][0], atol=1e-9, rtol=0)
+
+
+COMPILED = [
+    pytest.param(module, marks=[pytest.mark.slow] * (name not in ("td3bc", "iql")), id=name)
+    for name, module in LEARNERS.items()
+]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("module", COMPILED)
+def test_compiled_updates_equal_eager_ones(float64, module):
+    changes = {"train_steps": 10, **small(module), **NO_DROPOUT.get(module, {})}
+    args = make_args(module, num_seeds=2, **changes)
+    inputs = [draw_inputs(module, args, B=16) for _ in range(4)]
+    weights = []
+    for args.compile in (False, True):
+        agents = make_agents(module, args)
+        for step, own in enumerate(inputs, start=1):
+            take_update(module, agents, own, step, args)
+        weights.append(agents.weights)
+    for name, params in weights[0].items():
+        for key, p in params.items():
+            torch.testing.assert_close(weights[1][name][key], p, atol=1e-9, rtol=0)
 
 
 @every_learner
