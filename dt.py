@@ -201,7 +201,7 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
-        # the steps before a CUDA graph is recorded, which is what capturable is for
+        # PyTorch warns that Adam steps outside of a CUDA graph: the first steps do
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
@@ -739,8 +739,10 @@ def draw_sequences(data, num_seeds, obs_dim, act_dim, args):
 
 
 class TransformerBlock(nn.Module):
-    """Causal self-attention and an MLP, both residual. [B, T, E] -> [B, T, E], or the given tokens
-    of it alone."""
+    """Causal self-attention and an MLP, both residual. [B, T, E] -> [B, T, E]
+
+    tokens says which positions are wanted: the others only serve as keys and values.
+    """
 
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
@@ -754,7 +756,7 @@ class TransformerBlock(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, E / heads]
         # not F.scaled_dot_product_attention, which vmap runs agent by agent
-        scores = q[:, :, tokens] @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, T, T]
+        scores = q[:, :, tokens] @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, tokens, T]
         T = x.shape[1]
         later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
         weights = scores.masked_fill(later[tokens], -torch.inf).softmax(dim=-1)
@@ -826,7 +828,7 @@ class Stacked:
 def unbind(x):
     """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
     if torch.is_tensor(x):
-        return x.unbind() if len(x) > 1 else [x.squeeze(0)]  # whose gradient is no copy
+        return x.unbind() if len(x) > 1 else [x.squeeze(0)]  # unbind's gradient is a copy
     if isinstance(x, dict):
         return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
     return [type(x)(*own) for own in zip(*map(unbind, x))]
@@ -835,9 +837,9 @@ def unbind(x):
 def lift(function, args, device):
     """Turns a function of one agent into one of all: all tensors get a leading [num_seeds].
 
-    It returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap. Else
-    they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at a
-    time. Compiled, what lies between matrix products is one kernel.
+    function returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap.
+    Else they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at
+    a time.
     """
 
     def lifted(*inputs):
@@ -1030,10 +1032,14 @@ def serve_envs(pipe, spec, num_envs):
     """What a worker process does: its environments do what the pipe asks until the program ends."""
     warnings.simplefilter("ignore")  # the program has shown them
     envs = Envs(spec, num_envs)
-    with suppress(EOFError, OSError):
-        while True:
+    while True:
+        try:
             method, values = pipe.recv()
-            pipe.send(getattr(envs, method)(values))
+        except (EOFError, OSError):
+            return
+        answer = getattr(envs, method)(values)
+        with suppress(OSError):
+            pipe.send(answer)
 
 
 class WorkerEnvs:

@@ -38,7 +38,6 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -174,7 +173,7 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
-        # the steps before a CUDA graph is recorded, which is what capturable is for
+        # PyTorch warns that Adam steps outside of a CUDA graph: the first steps do
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
@@ -292,9 +291,7 @@ def catch_signals():
 
 def ranks():
     """Returns this process's rank and how many there are: 0 and 1, unless torchrun started it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
@@ -307,14 +304,20 @@ def join_ranks():
     """
     rank, world_size = ranks()
     if world_size > 1:
+        by_torchrun = "LOCAL_RANK" in os.environ
+        require(by_torchrun, f"WORLD_SIZE is {world_size}, but torchrun did not start this process")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
         yield
-    except (RuntimeError, SystemExit):
+    except KeyboardInterrupt:
+        sys.exit("interrupted" if rank == 0 else 1)
+    except (RuntimeError, SystemExit) as error:
         if rank > 0:
             time.sleep(3)
+        if "closed by peer" in str(error):
+            sys.exit("error: another process of torchrun has ended")
         raise
     if world_size > 1:
         dist.destroy_process_group()
@@ -896,6 +899,11 @@ def inpainting_denoiser(denoise, rewards, x, sigma):
     return x
 
 
+def only_noise(x, sigma):
+    """A denoiser that does nothing, for the sake of the random numbers that the sampler draws."""
+    return x
+
+
 def edm_sampler(denoise, x, sigmas, gamma, s_min, s_max, s_noise):
     """Stochastic Heun sampler (Karras et al., Algorithm 2) from noise level sigmas[0] to 0.
 
@@ -1091,7 +1099,8 @@ def main(args):
     )
     require_writable("--out", args.out)
     device = pick_device(own_device(args.device))
-    bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    args.batch_size = args.batch_size or (2048 if device.type == "cuda" else 64)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
@@ -1101,6 +1110,7 @@ def main(args):
     require_types(f"{args.checkpoint}: args", trained, {**types, "dim": int})
     try:
         horizon, obs_dim, act_dim = (checkpoint[k] for k in ("horizon", "obs_dim", "act_dim"))
+        bf16 = args.precision == "bf16"
         denoiser = Denoiser(horizon, obs_dim, act_dim, trained["dim"], bf16=bf16)
         load_weights(denoiser, checkpoint["ema"])
         zeros = torch.zeros(obs_dim + act_dim + 1)
@@ -1189,8 +1199,7 @@ def main(args):
         proxy, r_squared = fit_reward_proxy(transitions, mean, std)
         print(f"reward proxy: R^2 {r_squared:.4f} on transitions it has not seen")
 
-    max_batch_size = args.batch_size or (2048 if device.type == "cuda" else 64)
-    num_batches = math.ceil(num_sources / max_batch_size)
+    num_batches = math.ceil(num_sources / args.batch_size)
     batch_size = math.ceil(num_sources / num_batches)
     start = torch.tensor(windows.start[sources], device=device)
     y_hat = torch.tensor(condition, dtype=torch.float32, device=device)
@@ -1213,23 +1222,25 @@ def main(args):
             denoise = partial(inpainting_denoiser, denoise, source[:, :-1, -1])
         owner = number % world_size
         if rank != owner:
-            denoise = lambda x, sigma: x  # noqa: E731
+            denoise = only_noise
         x = edm_sampler(denoise, x, levels, gamma, args.s_min, args.s_max, args.s_noise)
         x = x * std + mean
-        if rank == owner > 0:
+        if owner > 0 and rank == owner:
             dist.send(x.cpu(), 0)
-        elif rank == 0 < owner:
-            dist.recv(x := torch.empty(x.shape), owner)
+        if owner > 0 and rank == 0:
+            x = torch.empty(x.shape)
+            dist.recv(x, owner)
         return x
 
     def generate_all():
         """Gives all batches as arrays on the host, each while the device makes the next one."""
-        on_their_way = deque()
+        previous = None
         for number in range(num_batches):
-            on_their_way.append(send_to_host(generate(number)))
-            if number > 0:
-                yield on_their_way.popleft()()
-        yield on_their_way.popleft()()
+            current = send_to_host(generate(number))
+            if previous:
+                yield previous()
+            previous = current
+        yield previous()
 
     steps = windows.start[sources][:, None] + np.arange(horizon)  # [N, H] rows of the transitions
     buffer = {

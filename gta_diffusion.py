@@ -75,7 +75,7 @@ class Args:
     dim: int = 16
     """channels of the U-Net's first level; the others have 2, 4 and 8 times as many"""
     batch_size: int = 256
-    """subtrajectories in a batch (Table 6)"""
+    """subtrajectories in a batch (Table 6), of all processes together"""
     train_steps: int = 1_000_000
     """gradient steps (Table 6)"""
     lr: float = 3e-4
@@ -157,7 +157,7 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
-        # the steps before a CUDA graph is recorded, which is what capturable is for
+        # PyTorch warns that Adam steps outside of a CUDA graph: the first steps do
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
@@ -291,9 +291,7 @@ def catch_signals():
 
 def ranks():
     """Returns this process's rank and how many there are: 0 and 1, unless torchrun started it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
@@ -306,14 +304,20 @@ def join_ranks():
     """
     rank, world_size = ranks()
     if world_size > 1:
+        by_torchrun = "LOCAL_RANK" in os.environ
+        require(by_torchrun, f"WORLD_SIZE is {world_size}, but torchrun did not start this process")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
         yield
-    except (RuntimeError, SystemExit):
+    except KeyboardInterrupt:
+        sys.exit("interrupted" if rank == 0 else 1)
+    except (RuntimeError, SystemExit) as error:
         if rank > 0:
             time.sleep(3)
+        if "closed by peer" in str(error):
+            sys.exit("error: another process of torchrun has ended")
         raise
     if world_size > 1:
         dist.destroy_process_group()
@@ -845,7 +849,8 @@ def find_start(args, data_sha256):
     free = {"env", "out", "resume", "overwrite", "save_every", "device", "compile", "track"}
     advice = "give the same flags, another --out, or --overwrite"
     for key, value in plain_args(args).items():
-        old = checkpoint["args"].get(key)
+        before_flag = {"precision": "fp32"}  # a checkpoint may be older than the flag
+        old = checkpoint["args"].get(key, before_flag.get(key))
         same = old == value or key in free or key.startswith("wandb")
         flag = f"--{key.replace('_', '-')}"
         require(same, f"{args.out} was trained with {flag} {old}, not {value}; {advice}")
@@ -879,6 +884,7 @@ def main(args):
     divisible = args.batch_size % world_size == 0
     require(divisible, f"--batch-size {args.batch_size}: {world_size} processes must divide it")
     device = pick_device(own_device(args.device))
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     torch.manual_seed(args.seed)
 
     if rank > 0:
@@ -900,7 +906,7 @@ def main(args):
     y = torch.tensor(windows.y, device=device) * args.return_scale
 
     compiles = device.type == "cuda" if args.compile is None else args.compile
-    bf16 = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    bf16 = args.precision == "bf16"
     denoiser = Denoiser(args.horizon, obs_dim, act_dim, args.dim, bf16=bf16).to(device)
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -957,7 +963,7 @@ def main(args):
 
     network = denoiser
     if world_size > 1:  # averages the gradients over the ranks
-        network = nn.parallel.DistributedDataParallel(denoiser)
+        network = nn.parallel.DistributedDataParallel(denoiser, broadcast_buffers=False)
         network.sigma_data = denoiser.sigma_data
     loss_fn = torch.compile(edm_loss) if compiles else edm_loss
     share = args.batch_size // world_size

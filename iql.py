@@ -187,7 +187,7 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
-        # the steps before a CUDA graph is recorded, which is what capturable is for
+        # PyTorch warns that Adam steps outside of a CUDA graph: the first steps do
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
@@ -778,7 +778,7 @@ def polyak(target, params, tau):
 def unbind(x):
     """Splits tensors, in dictionaries and named tuples too, into those of each agent."""
     if torch.is_tensor(x):
-        return x.unbind() if len(x) > 1 else [x.squeeze(0)]  # whose gradient is no copy
+        return x.unbind() if len(x) > 1 else [x.squeeze(0)]  # unbind's gradient is a copy
     if isinstance(x, dict):
         return [dict(zip(x, own)) for own in zip(*map(unbind, x.values()))]
     return [type(x)(*own) for own in zip(*map(unbind, x))]
@@ -787,9 +787,9 @@ def unbind(x):
 def lift(function, args, device):
     """Turns a function of one agent into one of all: all tensors get a leading [num_seeds].
 
-    It returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap. Else
-    they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at a
-    time. Compiled, what lies between matrix products is one kernel.
+    function returns a tensor or a dictionary of them. Several agents on a GPU run at once, by vmap.
+    Else they run one by one: that spares one agent vmap's own cost, and a CPU's cache holds one at
+    a time.
     """
 
     def lifted(*inputs):
@@ -1020,10 +1020,14 @@ def serve_envs(pipe, spec, num_envs):
     """What a worker process does: its environments do what the pipe asks until the program ends."""
     warnings.simplefilter("ignore")  # the program has shown them
     envs = Envs(spec, num_envs)
-    with suppress(EOFError, OSError):
-        while True:
+    while True:
+        try:
             method, values = pipe.recv()
-            pipe.send(getattr(envs, method)(values))
+        except (EOFError, OSError):
+            return
+        answer = getattr(envs, method)(values)
+        with suppress(OSError):
+            pipe.send(answer)
 
 
 class WorkerEnvs:

@@ -137,7 +137,7 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
-        # the steps before a CUDA graph is recorded, which is what capturable is for
+        # PyTorch warns that Adam steps outside of a CUDA graph: the first steps do
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")
@@ -943,6 +943,7 @@ def read_run(folder):
         steps, num_seeds = config["train_steps"], config["num_seeds"]
         free = {"seed", "num_seeds", "env", "aug", "runs", "resume", "device", "compile", "track"}
         free |= {"wandb_project", "wandb_entity", "reference_returns", "versions", "commit"}
+        free |= {"eval_workers"}
         settings = {key: value for key, value in config.items() if key not in free}
         run = Run((config["script"], config["aug_label"]), config["dataset"], scores, settings)
     except Exception as error:

@@ -171,7 +171,7 @@ def pick_device(name):
         torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.deterministic = True  # same seed, same result
         torch.set_float32_matmul_precision("high")  # TF32
-        # the steps before a CUDA graph is recorded, which is what capturable is for
+        # PyTorch warns that Adam steps outside of a CUDA graph: the first steps do
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     else:
         print(f"device: {device} (paper-size runs want a GPU)")

@@ -40,11 +40,12 @@ def resize(net, x):
     return x if isinstance(net, torch.nn.Identity) else net.conv(x)
 
 
-def plain_unet(net, x, c_noise, y):
+def plain_unet(net, x, c_noise, y, keep=None):
     """What the MixerUNet net computes. y None means no condition: zeros for its embedding."""
     angles = 2 * math.pi * c_noise[:, None] * net.frequencies
     noise = net.emb_noise(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], dim=1))
     condition = torch.zeros_like(noise) if y is None else net.emb_y(y[:, None])
+    condition = condition if keep is None else condition * keep[:, None]
     emb = torch.cat([condition, noise], dim=1)
     x, skips = x[:, None], []
     for block_1, block_2, attend, down in [*net.downs, net.bottom]:

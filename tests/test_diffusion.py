@@ -197,6 +197,37 @@ def make_args(folder, **changes):
     )
 
 
+def test_bf16_is_of_the_network_alone(tmp_path):
+    """Its products lose digits; what D returns, the weights and their gradients are fp32."""
+    torch.manual_seed(0)
+    denoisers = [A.Denoiser(7, 11, 3, 8, bf16=bf16) for bf16 in (False, True)]
+    denoisers[1].load_state_dict(denoisers[0].state_dict())
+    x, noise = torch.randn(2, 32, 8, 15)
+    sigma, y, keep = torch.rand(32) + 0.5, torch.randn(32), torch.ones(32)
+    full, half = (
+        denoiser(x + sigma[:, None, None] * noise, sigma, y, keep) for denoiser in denoisers
+    )
+    error = (half - full).square().mean().sqrt() / full.std()
+    assert 1e-4 < error < 0.05 and half.dtype == torch.float32
+    A.edm_loss(denoisers[1], x, y, keep, sigma, noise).backward()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in denoisers[1].parameters())
+
+
+def test_a_run_keeps_its_precision(tmp_path):
+    """It is recorded; a checkpoint from before the flag is fp32."""
+    A.main(make_args(tmp_path, precision="bf16"))
+    assert A.load_checkpoint(tmp_path / "diffusion.pt")["args"]["precision"] == "bf16"
+    with pytest.raises(SystemExit, match="trained with --precision bf16, not fp32"):
+        A.main(make_args(tmp_path, resume=True))
+    A.main(make_args(tmp_path, overwrite=True))
+    checkpoint = A.load_checkpoint(tmp_path / "diffusion.pt")
+    assert checkpoint["args"].pop("precision") == "fp32"
+    torch.save(checkpoint, tmp_path / "diffusion.pt")
+    A.main(make_args(tmp_path))
+    with pytest.raises(SystemExit, match="trained with --precision fp32, not bf16"):
+        A.main(make_args(tmp_path, precision="bf16"))
+
+
 def test_the_learning_rate_is_that_of_cosine_annealing_with_warm_restarts():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=7)

@@ -42,7 +42,6 @@ def test_workers_return_the_same(dataset):
 
 
 def test_only_cuda_starts_workers_by_itself(dataset, monkeypatch):
-    """One per core, and no more than there are environments."""
     module = LEARNERS["iql"]
     monkeypatch.setattr(module, "get_context", lambda kind: pytest.fail("a process was started"))
     spec = module.find_eval_env(dataset)

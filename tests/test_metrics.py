@@ -549,7 +549,7 @@ def test_runs_that_do_not_belong_are_named(tmp_path, capsys):
     (folders[0] / "evals.csv").unlink()
     edit_config(folders[1], num_seeds=3)
     edit_config(folders[2], train_steps=0)
-    edit_config(folders[4], batch_size=7)
+    edit_config(folders[4], batch_size=7, eval_workers=2)  # the latter makes no difference
     table = M.collect_runs(folders)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"left out: {folders[0]} is at update 0 of 10"

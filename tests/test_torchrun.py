@@ -234,7 +234,7 @@ def test_an_error_is_one_line_and_ends_all(tmp_path, changes, message):
 
 def test_every_rank_has_its_own_gpu(monkeypatch):
     assert [B.own_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
-    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     for key, value in torchrun.items():
         monkeypatch.setenv(key, value)
     assert [B.own_device(name) for name in ("cpu", "cuda")] == ["cpu", "cuda:1"]
