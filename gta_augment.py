@@ -352,6 +352,17 @@ def from_rank_0(find):
     return found[0]
 
 
+def rank_0_first(find):
+    """Returns find() on every rank. Rank 0 calls it before the others: it may have to download."""
+    rank = ranks()[0]
+    if rank > 0:
+        agree(False)
+    found = find()
+    if rank == 0:
+        agree(False)
+    return found
+
+
 def provenance():
     """Returns the versions of the packages, and the git commit if there is one."""
     packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
@@ -1120,11 +1131,7 @@ def main(args):
     except Exception as error:
         sys.exit(f"error: {args.checkpoint}: does not fit together ({first_line(error)})")
     denoiser.to(device).eval()
-    if rank > 0:
-        agree(False)  # until rank 0 has the dataset, which it may have to download
-    dataset = load_dataset(args.env or checkpoint["env"])
-    if rank == 0:
-        agree(False)
+    dataset = rank_0_first(lambda: load_dataset(args.env or checkpoint["env"]))
     require(
         dataset.ids == checkpoint["dataset_ids"],
         f"--checkpoint {args.checkpoint}: trained on "

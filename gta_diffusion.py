@@ -352,6 +352,17 @@ def from_rank_0(find):
     return found[0]
 
 
+def rank_0_first(find):
+    """Returns find() on every rank. Rank 0 calls it before the others: it may have to download."""
+    rank = ranks()[0]
+    if rank > 0:
+        agree(False)
+    found = find()
+    if rank == 0:
+        agree(False)
+    return found
+
+
 def provenance():
     """Returns the versions of the packages, and the git commit if there is one."""
     packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
@@ -848,9 +859,9 @@ def find_start(args, data_sha256):
     checkpoint = load_checkpoint(args.out)
     free = {"env", "out", "resume", "overwrite", "save_every", "device", "compile", "track"}
     advice = "give the same flags, another --out, or --overwrite"
+    old_args = {"precision": "fp32", **checkpoint["args"]}  # it may be older than that flag
     for key, value in plain_args(args).items():
-        before_flag = {"precision": "fp32"}  # a checkpoint may be older than the flag
-        old = checkpoint["args"].get(key, before_flag.get(key))
+        old = old_args.get(key)
         same = old == value or key in free or key.startswith("wandb")
         flag = f"--{key.replace('_', '-')}"
         require(same, f"{args.out} was trained with {flag} {old}, not {value}; {advice}")
@@ -887,11 +898,7 @@ def main(args):
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     torch.manual_seed(args.seed)
 
-    if rank > 0:
-        agree(False)  # until rank 0 has the dataset, which it may have to download
-    dataset = load_dataset(args.env)
-    if rank == 0:
-        agree(False)
+    dataset = rank_0_first(lambda: load_dataset(args.env))
     data_sha256 = fingerprint(dataset)
     checkpoint = from_rank_0(lambda: find_start(args, data_sha256))
     if checkpoint and checkpoint["step"] == args.train_steps:

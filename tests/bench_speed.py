@@ -10,6 +10,7 @@ a large matrix product in the same precision (fp32 is TF32 on CUDA). Not collect
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def make_step_a(batch_size, bf16=False, compiles=False, plain=False):
     """A training step as in gta_diffusion.main, batch drawing included."""
     torch.manual_seed(0)
     denoiser = A.Denoiser(HORIZON, **HALFCHEETAH, dim=DIM, bf16=bf16).to(DEVICE)
-    ema = A.copy.deepcopy(denoiser).requires_grad_(False)
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), torch.tensor(3e-4, device=DEVICE), fused=True, capturable=CUDA
     )
@@ -258,10 +259,8 @@ def evaluation(report, options):
     """Ten episodes of HalfCheetah, which never ends early, for every seed; every 5000 updates."""
     module, spec = LEARNERS["td3bc"], {"id": "HalfCheetah-v5"}
     obs_dim, act_dim = HALFCHEETAH.values()
-    scaling = module.Scaling(
-        np.zeros(obs_dim), np.ones(obs_dim), -np.ones(act_dim), np.ones(act_dim)
-    )
-    scaling = module.Scaling(*(x.astype(np.float32) for x in scaling))
+    one_s, one_a = np.ones(obs_dim, np.float32), np.ones(act_dim, np.float32)
+    scaling = module.Scaling(0 * one_s, one_s, -one_a, one_a)
     for num_seeds in (1, 8):
         for workers in (0, os.cpu_count()):
             args = make_args(

@@ -197,7 +197,7 @@ def make_args(folder, **changes):
     )
 
 
-def test_bf16_is_of_the_network_alone(tmp_path):
+def test_bf16_is_of_the_network_alone():
     """Its products lose digits; what D returns, the weights and their gradients are fp32."""
     torch.manual_seed(0)
     denoisers = [A.Denoiser(7, 11, 3, 8, bf16=bf16) for bf16 in (False, True)]
