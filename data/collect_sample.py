@@ -43,18 +43,14 @@ REF_MIN_SCORE, REF_MAX_SCORE = -20.272305, 3234.3
 
 @dataclass
 class Args:
+    # folder to write; must not exist yet
     out: Path = Path(__file__).parent / "hopper-medium-sample"
-    """folder to write; must not exist yet"""
-    dataset_id: str = "hopper-medium-sample-v0"
-    """Minari id stored in the metadata"""
-    env_id: str = "Hopper-v5"
-    """Gymnasium environment"""
-    train_steps: int = 400_000
-    """environment steps of PPO before recording"""
+    dataset_id: str = "hopper-medium-sample-v0"  # Minari id stored in the metadata
+    env_id: str = "Hopper-v5"  # Gymnasium environment
+    train_steps: int = 400_000  # environment steps of PPO before recording
+    # stop recording after the episode that reaches this many transitions
     num_transitions: int = 40_000
-    """stop recording after the episode that reaches this many transitions"""
-    seed: int = 1
-    """seed of training and recording"""
+    seed: int = 1  # seed of training and recording
 
 
 def train_ppo(args):
@@ -79,7 +75,7 @@ def train_ppo(args):
     return ppo, envs.normalize_obs
 
 
-def record(args, ppo, normalize_obs):
+def record_episodes(args, ppo, normalize_obs):
     """Records whole episodes of the sampled policy. Returns the collector and the returns [E]."""
     import minari
 
@@ -123,7 +119,7 @@ def main(args):
     ppo, normalize_obs = train_ppo(args)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as root:
         os.environ["MINARI_DATASETS_PATH"] = root
-        env, returns = record(args, ppo, normalize_obs)
+        env, returns = record_episodes(args, ppo, normalize_obs)
         dataset = env.create_dataset(
             args.dataset_id,
             eval_env=args.env_id,
