@@ -1,6 +1,6 @@
 """The mixer U-Net written down directly, channels first, nothing folded: what it must compute.
 
-Used to check that gta_diffusion.MixerUNet is the same function, and as the yardstick of its speed.
+Used to check that gta_diffusion.MixerUNet is the same function.
 """
 
 import math
@@ -35,27 +35,21 @@ def attention(net, x, heads=4):
     return x + F.conv2d(out, net.out.weight[:, :, None, None], net.out.bias)
 
 
-def resize(net, x):
-    """x [B, C, R, D]"""
-    return x if isinstance(net, torch.nn.Identity) else net.conv(x)
-
-
-def plain_unet(net, x, c_noise, y, keep=None):
+def plain_unet(net, x, c_noise, y):
     """What the MixerUNet net computes. y None means no condition: zeros for its embedding."""
     angles = 2 * math.pi * c_noise[:, None] * net.frequencies
     noise = net.emb_noise(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], dim=1))
     condition = torch.zeros_like(noise) if y is None else net.emb_y(y[:, None])
-    condition = condition if keep is None else condition * keep[:, None]
     emb = torch.cat([condition, noise], dim=1)
     x, skips = x[:, None], []
     for block_1, block_2, attend, down in [*net.downs, net.bottom]:
         x = attention(attend, mixer_block(block_2, mixer_block(block_1, x, emb), emb))
         skips.append(x)
-        x = resize(down, x)
+        x = down(x)
     x = mixer_block(net.middle_1, x, emb)
     x = mixer_block(net.middle_2, attention(net.middle_attention, x), emb)
     for block_1, block_2, attend, up in net.ups:
         x = torch.cat([x, skips.pop()], dim=1)
         x = attention(attend, mixer_block(block_2, mixer_block(block_1, x, emb), emb))
-        x = resize(up, x)
+        x = up(x)
     return net.last(x)[:, 0]

@@ -1,107 +1,98 @@
-"""IQL's update against the equations of its paper, written down for one agent."""
+"""IQL: an update against a plain rewrite, the expectile and the density in closed form."""
 
+import math
+from types import SimpleNamespace
+
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
-from learners import PlainAgent, descend, draw_inputs, make_agents, make_args, take_update
 
 import iql
 
+S, B, OBS, ACT = 2, 32, 5, 3
 
-class PlainIQL(PlainAgent):
-    def __init__(self, agents, i, args):
-        super().__init__(agents, i)
-        self.args = args
-        self.optimizers = {name: self.adam(args.lr, name) for name in ("actor", "critic", "value")}
-        if args.deterministic:  # log_std has no part in anything
-            del self.weights["actor"]["log_std"]
-            self.optimizers["actor"] = self.adam(args.lr, "actor")
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizers["actor"], args.train_steps
-        )
 
-    def update(self, s, a, r, s_next, terminal, drop=lambda x: x):
-        args = self.args
-        with torch.no_grad():
-            q = torch.minimum(*(self.q("critic_target", net, s, a) for net in ("q1", "q2")))
-            v_next = self.mlp("value", "net", s_next)[:, 0]
-            y = r + args.discount * (1 - terminal) * v_next
-        v = self.mlp("value", "net", s)[:, 0]
-        value_loss = 0
-        for u in q - v:
-            weight = 1 - args.expectile if u < 0 else args.expectile
-            value_loss = value_loss + weight * u**2 / len(q)
-        advantage = (q - v).detach()
-        critic_loss = sum(F.mse_loss(self.q("critic", net, s, a), y) for net in ("q1", "q2")) / 2
-        mean = torch.tanh(self.mlp("actor", "net", s, drop))
-        if args.deterministic:
-            log_prob = -((mean - a) ** 2).sum(1)
-        else:
-            log_std = self.weights["actor"]["log_std"].clamp(-5, 2)
+def make(**flags):
+    args = iql.Args(num_seeds=S, device="cpu", train_steps=10, lr=1e-3, **flags)
+    iql.fill_in_by_domain(args, "Hopper-v5")
+    agents = iql.IQL(args, plain.unit_scale(OBS, ACT))
+    networks = [*agents.critic.parameters(), *agents.value.parameters()]
+    groups = [{"params": agents.actor.parameters(), "lr": torch.tensor(args.lr)}]
+    optimizer = torch.optim.Adam([*groups, {"params": networks, "lr": args.lr}], fused=True)
+    return agents, {"all": optimizer}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_update_equals_a_plain_rewrite(float64, deterministic):
+    for i in range(S):
+        torch.manual_seed(0)
+        agents, optimizers = make(deterministic=deterministic)
+        batches = [plain.random_batch(S, B, OBS, ACT) for _ in range(4)]
+        actor, value = plain.layers(agents.actor.net, i), plain.layers(agents.value, i)
+        critics = [plain.layers(agents.critic.net, k * S + i) for k in (0, 1)]
+        targets = [plain.layers(agents.critic_target.net, k * S + i) for k in (0, 1)]
+        log_std = torch.zeros(ACT, requires_grad=True)
+        adam = torch.optim.Adam(plain.params(value, *critics), 1e-3)
+        actor_adam = torch.optim.Adam([*plain.params(actor), log_std], 1e-3)
+
+        queue = iter(batches)
+        for step, batch in enumerate(batches):
+            iql.update(agents, optimizers, queue.__next__)
+
+            s, a, r, s_next, terminal = (x[i] for x in batch)
+            x = torch.cat([s, a], dim=1)
+            q = torch.min(*(plain.mlp(net, x)[:, 0] for net in targets)).detach()
+            v, v_next = (plain.mlp(value, y)[:, 0] for y in (s, s_next))
+            value_loss = (torch.where(q > v, 0.7, 0.3) * (q - v) ** 2).mean()
+            y = (r + 0.99 * (1 - terminal) * v_next).detach()
+            q1, q2 = (plain.mlp(net, x)[:, 0] for net in critics)
+            critic_loss = (((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()) / 2
+            mean = plain.mlp(actor, s).tanh()
             log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(a).sum(1)
-        weight = torch.minimum(torch.exp(args.beta * advantage), torch.tensor(100.0))
-        actor_loss = -(weight * log_prob).mean()
-        losses = {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}
-        for name, loss in losses.items():
-            descend(self.optimizers[name.removesuffix("_loss")], loss)
-        self.schedule.step()
-        self.polyak("critic", args.tau)
-        return {name: loss.item() for name, loss in losses.items()}
+            log_prob = -((mean - a) ** 2).sum(1) if deterministic else log_prob
+            weight = (3 * (q - v)).exp().clamp(max=100).detach()
+            actor_adam.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 10)) / 2
+            plain.descend(adam, value_loss + critic_loss)
+            plain.descend(actor_adam, -(weight * log_prob).mean())
+            for target, net in zip(targets, critics):
+                plain.polyak(target, net, 0.005)
+        assert plain.difference(agents.actor.net, actor, i) < 1e-12
+        assert plain.difference(agents.value, value, i) < 1e-12
+        assert (agents.actor.log_std[i, 0] - log_std).abs().max() < 1e-12
+        for k in (0, 1):
+            assert plain.difference(agents.critic.net, critics[k], k * S + i) < 1e-12
+            assert plain.difference(agents.critic_target.net, targets[k], k * S + i) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"deterministic": True}, {"expectile": 0.9, "beta": 10.0, "tau": 0.1, "discount": 0.9}],
-    ids=["gaussian", "deterministic", "other constants"],
-)
-def test_update_is_the_papers_for_every_agent(float64, changes):
-    args = make_args(iql, num_seeds=3, seed=5, train_steps=8, **changes)
-    agents = make_agents(iql, args)
-    if "log_std" in agents.actor.params:  # one beyond its bound
-        agents.actor.params["log_std"].data[:] = torch.tensor([0.3, -1.0, 2.5])
-    plain = [PlainIQL(agents, i, args) for i in range(3)]
+def test_value_loss_is_least_at_the_expectile(float64):
+    """The 0.9-expectile m of 0, 1, 2, 10 solves 0.9 (10 - m) = 0.1 (m + (m - 1) + (m - 2))."""
+    q, m = torch.tensor([0.0, 1.0, 2.0, 10.0]), torch.tensor(7.75, requires_grad=True)
+    own = SimpleNamespace(args=iql.Args(expectile=0.9))
+    own.critic_target = lambda s, a: q.expand(2, 1, 4)
+    own.value = lambda s: m.expand(1, 4, 1)
+    loss, advantage = iql.IQL.value_loss(own, None, None)
+    loss.backward()
+    assert abs(m.grad) < 1e-12 and torch.equal(advantage[0], q - m.detach())
+    assert torch.isclose(
+        loss, torch.tensor(0.1 * (7.75**2 + 6.75**2 + 5.75**2) + 0.9 * 2.25**2) / 4
+    )
+
+
+def test_gaussian_log_prob_is_torchs(float64):
+    mean, log_std, x = torch.randn(3, 7, 4)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(x).sum(-1)
+    torch.testing.assert_close(iql.gaussian_log_prob(mean, log_std, x), expected)
+
+
+def test_dropout_is_off_in_evaluation_and_differs_between_agents():
     torch.manual_seed(0)
-    for step in range(1, 6):
-        (batch,) = draw_inputs(iql, args)
-        losses = take_update(iql, agents, (batch,), step, args)
-        for i, agent in enumerate(plain):
-            expected = agent.update(*(field[i] for field in batch))
-            for name, loss in expected.items():
-                assert losses[name][i].item() == pytest.approx(loss, rel=1e-9)
-    if args.deterministic:
-        del agents.weights["actor"]["log_std"]
-    for agent in plain:
-        assert agent.largest_difference(agents) < 1e-9
-
-
-def test_dropout_acts_in_the_actors_loss_only(float64):
-    args = make_args(iql, actor_dropout=0.4, train_steps=8)
-    agents = make_agents(iql, args)
-    plain = PlainIQL(agents, 0, args)
-    torch.manual_seed(0)
-    (batch,) = draw_inputs(iql, args)
-    torch.manual_seed(1)
-    losses = take_update(iql, agents, (batch,), 1, args)
-    torch.manual_seed(1)
-    expected = plain.update(*(field[0] for field in batch), drop=lambda x: F.dropout(x, 0.4))
-    assert losses["actor_loss"].item() == pytest.approx(expected["actor_loss"], rel=1e-9)
-    assert plain.largest_difference(agents) < 1e-9
-    assert torch.equal(agents.act(batch.s), agents.act(batch.s))
-    action = torch.tanh(plain.mlp("actor", "net", batch.s[0]))
-    torch.testing.assert_close(agents.act(batch.s)[0], action, atol=1e-9, rtol=0)
-
-
-def test_gaussian_log_density(float64):
-    torch.manual_seed(0)
-    mean, log_std, x = torch.randn(3, 20, 4)
-    own = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
-    torch.testing.assert_close(iql.gaussian_log_prob(mean, log_std, x), own.log_prob(x))
-
-
-def test_cosine_decay_is_pytorchs():
-    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], 1.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
-    for step in range(1, 51):
-        assert iql.cosine_decay(step, 50) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        schedule.step()
+    agents, _ = make(actor_dropout=0.5)
+    agents.actor.net.load_state_dict(  # all agents alike
+        {k: p[:1].expand_as(p) for k, p in agents.actor.net.state_dict().items()}
+    )
+    s = torch.randn(1, 6, OBS).expand(S, -1, -1)
+    first, second = agents.act(s)
+    assert not torch.equal(first, second)
+    agents.eval()
+    assert torch.equal(agents.act(s), agents.act(s))
+    assert torch.allclose(*agents.act(s))
