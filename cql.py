@@ -166,8 +166,8 @@ def load_episodes(datasets):
         with blame(f"{dataset.id} cannot be read"):
             raw = list(dataset.iterate_episodes())
         for e in raw:
-            T, states = len(e.rewards), batch_space(space, len(e.rewards) + 1)
-            s = np.stack([gym.spaces.flatten(space, x) for x in iterate(states, e.observations)])
+            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
+            s = np.stack([gym.spaces.flatten(space, x) for x in states])
             arrays = Episode(s, e.actions, e.rewards, e.terminations)
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
@@ -207,11 +207,15 @@ def load_data(args):
     about = {"env_id": env_id(datasets[0]), "dataset_ids": [dataset.id for dataset in datasets]}
     if args.aug:
         with blame(f"--aug {args.aug} lacks a part of a buffer"):
-            made_from = metadata["dataset_ids"]
+            made_from, (N, H) = metadata["dataset_ids"], buffer["rewards"].shape
             label = (metadata.get("label") or metadata["method"]) + " only" * args.aug_only
             columns = [buffer[key] for key in ("observations", "actions", "rewards", "terminals")]
         fits = made_from == about["dataset_ids"]
         require(fits, f"--aug {args.aug} was made from {made_from}, not from --env {args.env}")
+        obs_dim, act_dim = real[0].observations.shape[1], real[0].actions.shape[1]
+        shapes = [(N, H + 1, obs_dim), (N, H, act_dim), (N, H), (N, H)]
+        own = [x.shape for x in columns]
+        require(own == shapes, f"--aug {args.aug} holds arrays of {own}, not {shapes}")
         generated, labels = [Episode(*window) for window in zip(*columns)], [label, *labels]
     about["aug_label"] = " + ".join(labels) or "none"
     return datasets, real, generated if args.aug_only else real + generated, about
@@ -233,9 +237,8 @@ def pack_transitions(episodes, action_space, args):
     s, a, r, terminal, s_next = (torch.from_numpy(np.concatenate(x)) for x in columns)
     scale = make_scale(s, action_space)
     s, s_next = ((x - scale["mean"]) / scale["std"] for x in (s, s_next))
-    a = (a - scale["center"]) / scale["radius"].where(
-        scale["radius"] > 0, 1.0
-    )  # 0 where it has no width
+    width = scale["radius"].where(scale["radius"] > 0, 1.0)  # an action of no width is 0
+    a = (a - scale["center"]) / width
     columns = [s, a, r[:, None], s_next, terminal[:, None]]
     rows = torch.cat([x.float() for x in columns], dim=1).to(args.device)
     widths = [x.shape[1] for x in columns]

@@ -133,8 +133,8 @@ def load_episodes(datasets):
         with blame(f"{dataset.id} cannot be read"):
             raw = list(dataset.iterate_episodes())
         for e in raw:
-            T, states = len(e.rewards), batch_space(space, len(e.rewards) + 1)
-            s = np.stack([gym.spaces.flatten(space, x) for x in iterate(states, e.observations)])
+            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
+            s = np.stack([gym.spaces.flatten(space, x) for x in states])
             arrays = Episode(s, e.actions, e.rewards, e.terminations)
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
@@ -174,11 +174,15 @@ def load_data(args):
     about = {"env_id": env_id(datasets[0]), "dataset_ids": [dataset.id for dataset in datasets]}
     if args.aug:
         with blame(f"--aug {args.aug} lacks a part of a buffer"):
-            made_from = metadata["dataset_ids"]
+            made_from, (N, H) = metadata["dataset_ids"], buffer["rewards"].shape
             label = (metadata.get("label") or metadata["method"]) + " only" * args.aug_only
             columns = [buffer[key] for key in ("observations", "actions", "rewards", "terminals")]
         fits = made_from == about["dataset_ids"]
         require(fits, f"--aug {args.aug} was made from {made_from}, not from --env {args.env}")
+        obs_dim, act_dim = real[0].observations.shape[1], real[0].actions.shape[1]
+        shapes = [(N, H + 1, obs_dim), (N, H, act_dim), (N, H), (N, H)]
+        own = [x.shape for x in columns]
+        require(own == shapes, f"--aug {args.aug} holds arrays of {own}, not {shapes}")
         generated, labels = [Episode(*window) for window in zip(*columns)], [label, *labels]
     about["aug_label"] = " + ".join(labels) or "none"
     return datasets, real, generated if args.aug_only else real + generated, about

@@ -40,35 +40,27 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # trained model of gta_diffusion.py; it names its dataset, horizon and sizes
-    checkpoint: str = "diffusion.pt"
+    checkpoint: str = "diffusion.pt"  # model of gta_diffusion.py; it names its dataset and sizes
     env: str | None = None  # where the checkpoint's dataset is now, if its folder has moved
     num_transitions: int = 5_000_000  # transitions to generate, in subtrajectories of H (B.1)
-    # noising ratio in (0, 1]: how much of a trajectory is erased; 1 starts from noise (eq. 9)
-    mu: float = 0.25
+    mu: float = 0.25  # noising ratio in (0, 1]: 0 would keep all, 1 starts from noise (eq. 9)
     alpha: float = 1.1  # amplification of the return that is asked for (eq. 8)
     # what the generated trajectories are asked for: each source's amplified return; the dataset's
     # largest return, amplified, for all (F.1); nothing (Table 19); or no return, but each source's
     # rewards, amplified, which are kept in place while the rest is denoised (E.6)
     condition: Literal["amplified", "fixed", "none", "inpaint"] = "amplified"
-    # w, scale of the classifier-free guidance (eq. 4, Table 7); 0: condition without guidance, at
-    # half the cost
-    guidance: float = 2.0
+    guidance: float = 2.0  # w of eq. 4 (Table 7); 0: condition without guidance, at half the cost
     # N_B > 0 draws sources with rare, high returns more often (eq. 13, Table 9), for dense rewards
     reweight_bins: int = 0
     reweight_u: float = 0.001  # u of eq. 13 (Table 9); larger: bins with few windows count less
     reweight_q: float = 5.0  # q of eq. 13 (Table 9); smaller: bins with low returns count less
-    # share of the episodes that are augmented, those with the largest returns (E.2)
-    source_top: float = 1.0
+    source_top: float = 1.0  # share of the episodes, the best by return, to augment (E.2)
     source_min_return: float | None = None  # augment only episodes with at least this return
-    # c > 1: successful episodes (return > 0) are drawn c times as often, then a window of the
-    # episode, for sparse rewards (B.2)
+    # c: successful episodes (return > 0) are drawn c times as often, for sparse rewards (B.2)
     success_weight: float = 1.0
-    # give terminal rewards back the penalty that stage A subtracted from them
-    restore_terminal_reward: bool = False
+    restore_terminal_reward: bool = False  # add stage A's penalty back to terminal rewards
     num_steps: int = 128  # K, diffusion steps from sigma_max to 0 (Table 7)
-    # subtrajectories denoised at once, at most. Default: 2048 on CUDA, 64 on a CPU
-    batch_size: int | None = None
+    batch_size: int | None = None  # windows denoised at once. Default: 2048 on CUDA, 64 on a CPU
     out: str = "buffer.npz"  # file to write
     seed: int = 0  # seed of sources and noise
     # CUDA_VISIBLE_DEVICES picks the card
@@ -147,8 +139,8 @@ def load_episodes(datasets):
         with blame(f"{dataset.id} cannot be read"):
             raw = list(dataset.iterate_episodes())
         for e in raw:
-            T, states = len(e.rewards), batch_space(space, len(e.rewards) + 1)
-            s = np.stack([gym.spaces.flatten(space, x) for x in iterate(states, e.observations)])
+            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
+            s = np.stack([gym.spaces.flatten(space, x) for x in states])
             arrays = Episode(s, e.actions, e.rewards, e.terminations)
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
@@ -182,7 +174,7 @@ def make_windows(episodes, horizon, gamma, penalty):
             "episode": np.full(T + 1, i),  # [W], as all that follows
             "timestep": np.arange(T + 1),  # the window's first step in its episode
             "y": discounted_returns(rewards, gamma),  # the condition, with the penalty (4.1, A.1)
-            "return_to_go": discounted_returns(e.rewards, 1.0),  # without it (eq. 17)
+            "return_to_go": discounted_returns(e.rewards, 1.0),  # without it: R_t of eq. 17
             "start": np.arange(T + 1) <= T - horizon,  # the row of the window's first transition
         }
         table.append(columns)
@@ -373,11 +365,8 @@ def reweighted_probabilities(y, num_bins, u, q, max_ratio=5.0):
 
 
 def success_probabilities(episode, episode_returns, c):
-    """B.2: probability of every window [W] where a successful episode weighs c, others 1.
-
-    episode [W] names each window's episode; episode_returns [E]. Within an episode windows are
-    equally likely.
-    """
+    """B.2: probability of every window [W]. A successful episode weighs c, others 1, shared evenly
+    by its windows. episode [W] is each window's episode; episode_returns [E]."""
     weight = np.where(episode_returns > 0, c, 1.0)
     num_windows = np.bincount(episode, minlength=len(weight))
     p = weight[episode] / num_windows[episode]
@@ -385,29 +374,25 @@ def success_probabilities(episode, episode_returns, c):
 
 
 def pick_windows(episode, episode_returns, top, min_return):
-    """Returns the windows of the share top of the episodes that have the largest returns (E.2).
-
-    episode [W] names each window's episode; episode_returns [E]. min_return leaves out episodes
-    with less; None leaves out none.
-    """
-    best_first = np.argsort(-episode_returns, kind="stable")
-    picked = np.zeros(len(episode_returns), bool)
-    picked[best_first[: math.ceil(top * len(episode_returns))]] = True
+    """E.2: the windows of the best episodes, a share top of all, with min_return or more if given.
+    episode [W] is each window's episode; episode_returns [E]."""
+    rank = np.argsort(np.argsort(-episode_returns, kind="stable"))  # 0 is the best
+    picked = rank < top * len(episode_returns)
     if min_return is not None:
         picked &= episode_returns >= min_return
     return np.flatnonzero(picked[episode])
 
 
 def choose_sources(args, y, episode, returns, num_sources):
-    """Returns the windows to augment [N], indices into scaled returns y [W] and episode [W], each
-    window's episode; returns [E] are the episodes'. Without weights all come equally often."""
+    """Draws N windows: indices into y [W], their scaled returns, and episode [W], the episodes that
+    they are of, whose returns are [E]. Without weights all come equally often."""
     picked = pick_windows(episode, returns, args.source_top, args.source_min_return)
     num, rng = len(picked), np.random.default_rng(args.seed)
     require(num, "--source-top, --source-min-return: no episode with H transitions is left")
     if args.reweight_bins:
         flags = args.reweight_bins, args.reweight_u, args.reweight_q
         return rng.choice(picked, num_sources, p=reweighted_probabilities(y[picked], *flags))
-    if args.success_weight > 1:
+    if args.success_weight != 1:
         p = success_probabilities(episode[picked], returns, args.success_weight)
         return rng.choice(picked, num_sources, p=p)
     epochs = [rng.permutation(picked) for _ in range(math.ceil(num_sources / num))]
@@ -518,7 +503,7 @@ def is_made(path, metadata):
         with np.load(path, allow_pickle=False) as file:
             old = json.loads(str(file["metadata"]))
         stages = ("", metadata, old), ("stage A's ", metadata["diffusion"], old["diffusion"])
-    free, other = ("checkpoint", "device", "diffusion", "label", "out", "track", "versions"), []
+    free, other = "checkpoint env device diffusion label out track versions".split(), []
     for stage, ours, theirs in stages:
         keys = [key for key in ours if key not in free and ours[key] != theirs.get(key)]
         other += [f"{stage}{key} {theirs.get(key)}" for key in keys]
@@ -554,17 +539,14 @@ def main(args):
     with blame(f"--checkpoint {args.checkpoint}: no diffusion.pt of gta_diffusion.py"):
         checkpoint = torch.load(args.checkpoint, map_location=args.device, weights_only=True)
         kind, trained = (checkpoint["format"], checkpoint["format_version"]), checkpoint["args"]
-    fits = kind == ("gta-diffusion", 3)
-    require(fits, f"--checkpoint {args.checkpoint}: {kind}, not version 3 of gta-diffusion")
+    require(kind == ("gta-diffusion", 3), f"--checkpoint: {kind}, not version 3 of gta-diffusion")
     if checkpoint["step"] < trained["train_steps"]:
-        step = f"step {checkpoint['step']} of {trained['train_steps']}"
-        print(f"{args.checkpoint} is at {step}: its training is not finished")
+        print(f"{args.checkpoint} is at step {checkpoint['step']} of {trained['train_steps']}")
     horizon, obs_dim = checkpoint["horizon"], checkpoint["obs_dim"]
     args.env = args.env or checkpoint["env"]
     datasets, made_from = open_datasets(args.env), checkpoint["dataset_ids"]
     ids = [dataset.id for dataset in datasets]
-    fits = ids == made_from
-    require(fits, f"--checkpoint {args.checkpoint} was trained on {made_from}, --env is {ids}")
+    require(ids == made_from, f"--checkpoint was trained on {made_from}, --env names {ids}")
     metadata = {
         "format": "gta-buffer",
         "format_version": 1,
@@ -599,8 +581,7 @@ def main(args):
 
     sizes = {key: checkpoint[key] for key in ("horizon", "obs_dim", "act_dim")}
     denoiser = Denoiser(**sizes, dim=trained["dim"], bf16=args.precision == "bf16")
-    denoiser.load_state_dict(checkpoint["ema"])
-    denoiser = denoiser.to(args.device).eval()
+    denoiser.to(args.device).eval().load_state_dict(checkpoint["ema"])
     denoiser = torch.compile(denoiser) if args.device == "cuda" else denoiser
     rows = windows["rows"].copy()
     if args.condition == "inpaint":  # E.6; what a terminal costs is no reward, and stays
@@ -613,23 +594,20 @@ def main(args):
 
     num_batches = math.ceil(num_sources / args.batch_size)
     size = math.ceil(num_sources / num_batches)  # of all batches: the last one is filled up
-    x = torch.empty(num_sources, horizon + 1, len(mean), pin_memory=args.device == "cuda")
-    with tqdm(total=num_sources, unit="traj") as progress:
-        for first in range(0, num_sources, size):
-            batch = torch.arange(first, first + size, device=args.device) % num_sources
-            source = rows[start[batch, None] + torch.arange(horizon + 1, device=args.device)]
-            generated = augment(args, denoiser, source, y_hat[batch]) * std + mean
-            own = x[first : first + size]
-            own.copy_(generated[: len(own)], non_blocking=True)  # while the next one is made
-            progress.update(len(own))
+    x = torch.empty(num_batches * size, horizon + 1, len(mean), pin_memory=args.device == "cuda")
+    for first in tqdm(range(0, len(x), size), unit="window", unit_scale=size):
+        batch = torch.arange(first, first + size, device=args.device) % num_sources
+        source = rows[start[batch, None] + torch.arange(horizon + 1, device=args.device)]
+        generated = augment(args, denoiser, source, y_hat[batch]) * std + mean
+        x[first : first + size].copy_(generated, non_blocking=True)  # while the next one is made
     if args.device == "cuda":
         torch.cuda.synchronize()
 
     steps = windows["start"][sources][:, None] + np.arange(horizon)  # [N, H], rows
-    x, box = x.numpy(), datasets[0].action_space
+    x, box = x[:num_sources].numpy(), datasets[0].action_space
     buffer = {
         "observations": x[:, :, :obs_dim],
-        "actions": x[:, :-1, obs_dim:-1].clip(box.low, box.high),
+        "actions": np.float32(x[:, :-1, obs_dim:-1].clip(box.low, box.high)),
         "rewards": x[:, :-1, -1],
         "terminals": windows["terminals"][steps],
         "episode": windows["episode"][sources].astype(np.int32),

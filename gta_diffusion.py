@@ -137,8 +137,8 @@ def load_episodes(datasets):
         with blame(f"{dataset.id} cannot be read"):
             raw = list(dataset.iterate_episodes())
         for e in raw:
-            T, states = len(e.rewards), batch_space(space, len(e.rewards) + 1)
-            s = np.stack([gym.spaces.flatten(space, x) for x in iterate(states, e.observations)])
+            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
+            s = np.stack([gym.spaces.flatten(space, x) for x in states])
             arrays = Episode(s, e.actions, e.rewards, e.terminations)
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
@@ -172,7 +172,7 @@ def make_windows(episodes, horizon, gamma, penalty):
             "episode": np.full(T + 1, i),  # [W], as all that follows
             "timestep": np.arange(T + 1),  # the window's first step in its episode
             "y": discounted_returns(rewards, gamma),  # the condition, with the penalty (4.1, A.1)
-            "return_to_go": discounted_returns(e.rewards, 1.0),  # without it (eq. 17)
+            "return_to_go": discounted_returns(e.rewards, 1.0),  # without it: R_t of eq. 17
             "start": np.arange(T + 1) <= T - horizon,  # the row of the window's first transition
         }
         table.append(columns)

@@ -131,8 +131,8 @@ def load_episodes(datasets):
         with blame(f"{dataset.id} cannot be read"):
             raw = list(dataset.iterate_episodes())
         for e in raw:
-            T, states = len(e.rewards), batch_space(space, len(e.rewards) + 1)
-            s = np.stack([gym.spaces.flatten(space, x) for x in iterate(states, e.observations)])
+            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
+            s = np.stack([gym.spaces.flatten(space, x) for x in states])
             arrays = Episode(s, e.actions, e.rewards, e.terminations)
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
