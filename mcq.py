@@ -102,17 +102,20 @@ class Episode(NamedTuple):
 
 def open_datasets(env):
     """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here = Path(__file__).resolve().parent
-    folders = [place / env / "data" for place in (Path(), here, here.parent)]
-    folder = next((f for f in folders if (f / "metadata.json").is_file()), None)
+    here, parts = Path(__file__).resolve().parent, env.split("+")
+    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
+        name = "+".join(parts[:n])
+        folders = [place / name / "data" for place in (Path(), here, here.parent)]
+        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
+            break
     for pattern, ids in SHORT_NAMES.items():
-        env = env if folder else re.sub(f"^{pattern}$", ids, env)
-    if "+" in env and not folder:  # a folder's own name may hold a +, too
-        first, _, last = env.rpartition("+")
-        return open_datasets(first) + open_datasets(last)
-    require(folder or env != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {env}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(env, True)]
+        name = name if folder else re.sub(f"^{pattern}$", ids, name)
+    first, *rest = [name] if folder else name.split("+")
+    if rest := [*rest, *parts[n:]]:
+        return open_datasets(first) + open_datasets("+".join(rest))
+    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
+        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
 
 
 def env_id(dataset):
@@ -136,8 +139,9 @@ def load_episodes(datasets):
             raw = list(dataset.iterate_episodes())
         for e in raw:
             T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, e.terminations)
+            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
+                s = np.stack([gym.spaces.flatten(space, x) for x in states])
+            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
                 name = f"{dataset.id}: {key} of episode {e.id}"
@@ -148,6 +152,8 @@ def load_episodes(datasets):
             episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
     names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
     print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
+    sizes = {e.observations.shape[1] for e in episodes}
+    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
     return episodes
 
 
@@ -159,6 +165,7 @@ def read_buffer(path):
         metadata = json.loads(str(buffer.pop("metadata")))
         kind = metadata["format"], metadata["format_version"]
         finite = all(np.isfinite(x).all() for x in buffer.values())
+        buffer["terminals"] = buffer["terminals"].astype(bool)
     require(kind == ("gta-buffer", 1), f"--aug {path}: {kind}, not version 1 of gta-buffer")
     require(finite, f"--aug {path} holds NaN or infinite numbers")
     return buffer, metadata
@@ -194,7 +201,7 @@ def make_scale(s, box, eps=1e-3):
     """Returns what standardises states s [N, obs_dim] (TD3+BC, eq. 4) and maps [-1, 1] to the box
     of actions."""
     low, high = torch.from_numpy(np.float64([box.low, box.high]))
-    require((high - low).isfinite().all(), f"the actions have no bounds, {box}")
+    require((high - low < 1e30).all(), f"the actions have no bounds, {box}")
     mean, std = s.double().mean(0), s.double().std(0, correction=0) + eps
     return {"mean": mean, "std": std, "center": (high + low) / 2, "radius": (high - low) / 2}
 
@@ -376,9 +383,9 @@ REFERENCE_RETURNS = {  # of a random and of an expert policy (D4RL), where a dat
     "pointmaze_umazedense": (68.537689, 193.662856),
     "pointmaze_mediumdense": (44.264742, 297.455255),
     "pointmaze_largedense": (30.569041, 303.485738),
-    "pointmaze_umaze": (23.85, 161.86),
-    "pointmaze_medium": (13.13, 277.39),
-    "pointmaze_large": (6.7, 273.99),
+    "pointmaze_umaze(?!.*dense)": (23.85, 161.86),
+    "pointmaze_medium(?!.*dense)": (13.13, 277.39),
+    "pointmaze_large(?!.*dense)": (6.7, 273.99),
     "antmaze(?!.*dense)": (0.0, 1.0),
     "handpen": (96.262799, 3076.8331),
     "handdoor": (-56.512833, 2880.5693),
@@ -396,16 +403,18 @@ def make_envs(dataset, args, about):
     spec = json.loads(metadata.get("eval_env_spec") or "{}") or recorded
     require(spec, f"{dataset.id} names no environment; --eval-every 0 trains without one")
     name, kwargs, steps = spec["id"], spec["kwargs"], spec["max_episode_steps"]
-    if other := [key for key in kwargs if kwargs[key] != recorded.get("kwargs", {}).get(key)]:
-        print(f"evaluation: {name} with another {', '.join(other)} than the recorded one")
+    old = {"id": name, "kwargs": kwargs} | recorded
+    other = [key for key in {*old["kwargs"], *kwargs} if old["kwargs"].get(key) != kwargs.get(key)]
+    if other or old["id"] != name:
+        print(f"evaluation: {name}, recorded {old['id']}, with another {', '.join(sorted(other))}")
     if wrappers := [wrapper["name"] for wrapper in spec["additional_wrappers"]]:
         print(f"evaluation: {name} without the wrappers {', '.join(wrappers)}")
     if "Kitchen" in name and "ref_max_score" not in metadata:  # D4RL counts a task once
         kwargs |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-    references = [r for key, r in REFERENCE_RETURNS.items() if re.search(key, name.lower())]
-    low, high = (references or [(0.0, 100.0)])[0]  # of neither: the score is the return
-    low, high = metadata.get("ref_min_score", low), metadata.get("ref_max_score", high)
-    about["reference_returns"] = low, high
+    known = [r for key, r in REFERENCE_RETURNS.items() if re.search(key, name.lower())]
+    known += [(0.0, 100.0)]  # then the score is the return
+    own = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    about["reference_returns"] = known[0] if None in own else own
     if args.eval_episodes is None:
         args.eval_episodes = 100 if re.search("Maze|Adroit|Kitchen", name) else 10
     name = name if name in gym.registry else f"gymnasium_robotics:{name}"
@@ -461,10 +470,12 @@ def stamp(path):
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
-def save(path, values, since):
-    """Writes under another name, then renames: what is at path is whole, whenever a run dies.
-    Ends the program if path's stamp is no longer since. Returns the new one."""
+def save(path, values, since, texts=None):
+    """Writes under another name, then renames: what is at path is whole, whenever a run dies. Ends
+    the program if path's stamp is no longer since; returns the new one. texts go beside it."""
     require(stamp(path) == since, f"{path} is now of another run; choose another --out")
+    for name, text in (texts or {}).items():
+        path.with_name(name).write_text(text)
     temporary = f"{path}.{os.getpid()}.tmp"
     torch.save(values, temporary)
     os.replace(temporary, path)
@@ -476,7 +487,7 @@ def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
     writes. A call of update() does so many updates; its losses are sums over the agents."""
     script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     name = f"{script}-{args.env}-{about['aug_label']}-{args.seed}-{now}"
-    out = Path(args.out or "runs/" + re.sub(r"[^A-Za-z0-9.+-]+", "_", name))
+    out = Path(args.out or "runs/" + re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[-200:])
     step, evals, path = 0, [], out / "checkpoint.pt"
     since = stamp(path)
     if since:
@@ -485,15 +496,16 @@ def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
         for key, optimizer in optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][key])
         step, evals = checkpoint["step"], checkpoint["evals"]
-        print(f"{out} is at update {step} of {args.train_steps}")
+        print(f"{out} is at update {step} of {args.train_steps}, with these flags")
     versions = {package.__name__: package.__version__ for package in (torch, np, gym, minari)}
     config = {"script": script, **asdict(args), **about, "versions": versions}
     if args.track:
         import wandb
 
         with blame("--track"):
-            wandb.init(name=out.name, id=out.name, resume="allow", config=config)
-    out.mkdir(parents=True, exist_ok=True)
+            wandb.init(name=out.name, config=config)
+    with blame(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed + step)
     train = partial(update, agents, optimizers, draw_batch)
@@ -515,10 +527,9 @@ def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
             log |= {"score": scores.mean(), "deviation": scores.std()}
         state = {"args": asdict(args), "step": step, "evals": evals, "agents": agents.state_dict()}
         state["optimizers"] = {key: own.state_dict() for key, own in optimizers.items()}
-        since = save(path, state, since)
-        (out / "config.json").write_text(json.dumps(config, indent=2))
-        rows = [",".join(map(str, row)) for row in [["update", "agent", "return", "score"], *evals]]
-        (out / "evals.csv").write_text("\n".join(rows) + "\n")
+        rows = [",".join(map(str, row)) for row in [("update", "agent", "return", "score"), *evals]]
+        texts = {"evals.csv": "\n".join(rows) + "\n", "config.json": json.dumps(config, indent=2)}
+        since = save(path, state, since, texts)
         progress.write(f"update {step}: {', '.join(f'{k} {v:.4g}' for k, v in log.items())}")
         if args.track:
             wandb.log(log, step=step)

@@ -98,17 +98,20 @@ class Episode(NamedTuple):
 
 def open_datasets(env):
     """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here = Path(__file__).resolve().parent
-    folders = [place / env / "data" for place in (Path(), here, here.parent)]
-    folder = next((f for f in folders if (f / "metadata.json").is_file()), None)
+    here, parts = Path(__file__).resolve().parent, env.split("+")
+    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
+        name = "+".join(parts[:n])
+        folders = [place / name / "data" for place in (Path(), here, here.parent)]
+        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
+            break
     for pattern, ids in SHORT_NAMES.items():
-        env = env if folder else re.sub(f"^{pattern}$", ids, env)
-    if "+" in env and not folder:  # a folder's own name may hold a +, too
-        first, _, last = env.rpartition("+")
-        return open_datasets(first) + open_datasets(last)
-    require(folder or env != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {env}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(env, True)]
+        name = name if folder else re.sub(f"^{pattern}$", ids, name)
+    first, *rest = [name] if folder else name.split("+")
+    if rest := [*rest, *parts[n:]]:
+        return open_datasets(first) + open_datasets("+".join(rest))
+    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
+        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
 
 
 def env_id(dataset):
@@ -132,8 +135,9 @@ def load_episodes(datasets):
             raw = list(dataset.iterate_episodes())
         for e in raw:
             T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, e.terminations)
+            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
+                s = np.stack([gym.spaces.flatten(space, x) for x in states])
+            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
                 name = f"{dataset.id}: {key} of episode {e.id}"
@@ -144,6 +148,8 @@ def load_episodes(datasets):
             episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
     names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
     print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
+    sizes = {e.observations.shape[1] for e in episodes}
+    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
     return episodes
 
 
@@ -155,6 +161,7 @@ def read_buffer(path):
         metadata = json.loads(str(buffer.pop("metadata")))
         kind = metadata["format"], metadata["format_version"]
         finite = all(np.isfinite(x).all() for x in buffer.values())
+        buffer["terminals"] = buffer["terminals"].astype(bool)
     require(kind == ("gta-buffer", 1), f"--aug {path}: {kind}, not version 1 of gta-buffer")
     require(finite, f"--aug {path} holds NaN or infinite numbers")
     return buffer, metadata
@@ -511,7 +518,6 @@ def measure_buffers(args):
         cells = [own.get(key) for own in numbers.values()]
         cells = ["-" if x is None else f"{x:.4g}" if x < 1000 else f"{x:.0f}" for x in cells]
         rows.append([key, *cells])
-    print(render(rows, args.table))
 
     versions = {package.__name__: package.__version__ for package in (torch, np, gym, minari)}
     moments = {"mean": reference[1].tolist(), "std": reference[2].tolist()}
@@ -525,6 +531,7 @@ def measure_buffers(args):
         figure = draw_figure(episodes, {name: samples[name] for name in buffers}, answers)
         figure.savefig(temporary, format=form, dpi=200)
         os.replace(temporary, args.plot)
+    print(render(rows, args.table))
     print(f"wrote {args.out}" + f" and {args.plot}" * bool(args.plot))
     if args.track:
         wandb.log({f"{name}/{key}": x for name, own in numbers.items() for key, x in own.items()})

@@ -62,17 +62,20 @@ SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
 
 def open_datasets(env):
     """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here = Path(__file__).resolve().parent
-    folders = [place / env / "data" for place in (Path(), here, here.parent)]
-    folder = next((f for f in folders if (f / "metadata.json").is_file()), None)
+    here, parts = Path(__file__).resolve().parent, env.split("+")
+    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
+        name = "+".join(parts[:n])
+        folders = [place / name / "data" for place in (Path(), here, here.parent)]
+        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
+            break
     for pattern, ids in SHORT_NAMES.items():
-        env = env if folder else re.sub(f"^{pattern}$", ids, env)
-    if "+" in env and not folder:  # a folder's own name may hold a +, too
-        first, _, last = env.rpartition("+")
-        return open_datasets(first) + open_datasets(last)
-    require(folder or env != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {env}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(env, True)]
+        name = name if folder else re.sub(f"^{pattern}$", ids, name)
+    first, *rest = [name] if folder else name.split("+")
+    if rest := [*rest, *parts[n:]]:
+        return open_datasets(first) + open_datasets("+".join(rest))
+    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
+        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
 
 
 def read_buffer(path):
@@ -83,6 +86,7 @@ def read_buffer(path):
         metadata = json.loads(str(buffer.pop("metadata")))
         kind = metadata["format"], metadata["format_version"]
         finite = all(np.isfinite(x).all() for x in buffer.values())
+        buffer["terminals"] = buffer["terminals"].astype(bool)
     require(kind == ("gta-buffer", 1), f"--aug {path}: {kind}, not version 1 of gta-buffer")
     require(finite, f"--aug {path} holds NaN or infinite numbers")
     return buffer, metadata

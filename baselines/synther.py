@@ -102,17 +102,20 @@ class Episode(NamedTuple):
 
 def open_datasets(env):
     """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here = Path(__file__).resolve().parent
-    folders = [place / env / "data" for place in (Path(), here, here.parent)]
-    folder = next((f for f in folders if (f / "metadata.json").is_file()), None)
+    here, parts = Path(__file__).resolve().parent, env.split("+")
+    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
+        name = "+".join(parts[:n])
+        folders = [place / name / "data" for place in (Path(), here, here.parent)]
+        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
+            break
     for pattern, ids in SHORT_NAMES.items():
-        env = env if folder else re.sub(f"^{pattern}$", ids, env)
-    if "+" in env and not folder:  # a folder's own name may hold a +, too
-        first, _, last = env.rpartition("+")
-        return open_datasets(first) + open_datasets(last)
-    require(folder or env != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {env}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(env, True)]
+        name = name if folder else re.sub(f"^{pattern}$", ids, name)
+    first, *rest = [name] if folder else name.split("+")
+    if rest := [*rest, *parts[n:]]:
+        return open_datasets(first) + open_datasets("+".join(rest))
+    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
+        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
 
 
 def env_id(dataset):
@@ -136,8 +139,9 @@ def load_episodes(datasets):
             raw = list(dataset.iterate_episodes())
         for e in raw:
             T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, e.terminations)
+            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
+                s = np.stack([gym.spaces.flatten(space, x) for x in states])
+            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
             shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
             for key, x, shape in zip(Episode._fields, arrays, shapes):
                 name = f"{dataset.id}: {key} of episode {e.id}"
@@ -148,6 +152,8 @@ def load_episodes(datasets):
             episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
     names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
     print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
+    sizes = {e.observations.shape[1] for e in episodes}
+    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
     return episodes
 
 
@@ -316,10 +322,12 @@ def stamp(path):
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
-def save(path, values, since):
-    """Writes under another name, then renames: what is at path is whole, whenever a run dies.
-    Ends the program if path's stamp is no longer since. Returns the new one."""
+def save(path, values, since, texts=None):
+    """Writes under another name, then renames: what is at path is whole, whenever a run dies. Ends
+    the program if path's stamp is no longer since; returns the new one. texts go beside it."""
     require(stamp(path) == since, f"{path} is now of another run; choose another --out")
+    for name, text in (texts or {}).items():
+        path.with_name(name).write_text(text)
     temporary = f"{path}.{os.getpid()}.tmp"
     torch.save(values, temporary)
     os.replace(temporary, path)

@@ -61,8 +61,13 @@ def test_several_datasets_and_folders_with_a_plus(tmp_path):
     one = write_minari(tmp_path / "a+b", episodes(3), STATES, ACTIONS, SPEC)
     two = write_minari(tmp_path / "c", episodes(4, 5), STATES, ACTIONS, SPEC)
     assert [len(e.rewards) for e in load(f"{one}+{two}")] == [3, 4, 5]
+    assert [len(e.rewards) for e in load(f"{two}+{one}")] == [4, 5, 3]
     other = write_minari(tmp_path / "d", episodes(4), STATES, ACTIONS, gym.spec("Walker2d-v5"))
     assert "another environment" in message(load, f"{two}+{other}")
+    states = Box(-np.inf, np.inf, (10,), np.float64)
+    small = write_minari(tmp_path / "e", episodes(4, obs=10), states, ACTIONS, SPEC)
+    assert "states of different sizes" in message(load, f"{two}+{small}")
+    assert "no episodes" in message(load, write_minari(tmp_path / "f", [], STATES, ACTIONS, SPEC))
 
 
 def test_what_is_not_there_ends_in_one_line(tmp_path, monkeypatch):
@@ -226,7 +231,7 @@ def test_another_maze_is_named(tmp_path, capsys):
     metadata = {"eval_env_spec": json.dumps(other)}
     folder = write_minari(tmp_path / "x", made, space, Box(-1, 1, (2,)), spec, **metadata)
     _, args, about = envs_of(folder)
-    assert "another maze_map than the recorded one" in capsys.readouterr().out
+    assert "recorded PointMaze_UMaze-v3, with another maze_map" in capsys.readouterr().out
     assert args.eval_episodes == 100 and about["reference_returns"] == (23.85, 161.86)
 
 
@@ -247,6 +252,7 @@ def test_no_environment(tmp_path):
     [
         ("Hopper-v4", (-20.272305, 3234.3)),
         ("PointMaze_UMaze-v3", (23.85, 161.86)),
+        ("PointMaze_Medium_Diverse_GDense-v3", (0.0, 100.0)),
         ("PointMaze_UMazeDense-v3", (68.537689, 193.662856)),
         ("PointMaze_MediumDense-v3", (44.264742, 297.455255)),
         ("PointMaze_LargeDense-v3", (30.569041, 303.485738)),
@@ -339,6 +345,8 @@ def test_a_wrong_buffer_ends_in_one_line(tmp_path, monkeypatch):
     assert "NaN" in why(rewards=np.full((3, 4), np.nan, np.float32))
     assert "gta-policy" in why(metadata='{"format": "gta-policy", "format_version": 1}')
     assert "no buffer" in why(metadata="{")
+    assert "(3, 5, 9)" in why(observations=np.zeros((3, 5, 9), np.float32))
+    assert "lacks a part" in why(rewards=np.zeros(3, np.float32))
     assert "no buffer" in why(rewards=np.array([{}], dtype=object))  # pickle is not read
     assert "no buffer" in message(td3bc.load_data, td3bc.Args(aug="nowhere.npz"))
     assert "--aug-only needs" in message(td3bc.load_data, td3bc.Args(aug_only=True))
