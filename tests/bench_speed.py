@@ -1,6 +1,6 @@
 """Times every stage at the paper's sizes on this machine, and prints what a full run would take.
 
-    python tests/bench_speed.py                 all: minutes on a GPU, a quarter of an hour on a CPU
+    python tests/bench_speed.py                 all: minutes on a GPU, ten on a CPU
     python tests/bench_speed.py td3bc stage_a   some of it
 
 The variants of a stage are timed in turns, so that a drift of the machine's speed cancels in their
@@ -8,6 +8,7 @@ ratios; a time is the median. TFLOP/s count matrix products and convolutions. Th
 a large matrix product in the same precision (fp32 is TF32 on CUDA). Not collected by pytest.
 """
 
+import contextlib
 import importlib
 import sys
 import time
@@ -28,7 +29,7 @@ SIZES = {"horizon": 31, "obs_dim": 17, "act_dim": 6, "dim": 16}  # HalfCheetah's
 PAPER = {"stage_a": 10**6, "stage_b": 5e6 / 31, "dt": 10**5}  # steps, windows; others: 10^6 updates
 
 
-def time_in_turns(functions, seconds=20, warmup=4, repeats=10 if CUDA else 1):
+def time_in_turns(functions, seconds=10, warmup=4 if CUDA else 1, repeats=10 if CUDA else 1):
     """Returns the median seconds of each function."""
     times, started = [[] for _ in functions], time.perf_counter()
     while len(times[0]) < warmup + 3 or time.perf_counter() - started < seconds * len(functions):
@@ -64,7 +65,7 @@ def stage_a(bf16, graph, batch_size=256):
     return step, gta_diffusion.record(step) if graph else step
 
 
-def stage_b(bf16, graph, batch_size=2048 if CUDA else 64):
+def stage_b(bf16, graph, batch_size=2048 if CUDA else 16):
     """A batch of gta_augment.py at mu 0.25 and w = 2, on random windows."""
     args = gta_augment.Args(device=DEVICE)
     denoiser = gta_augment.Denoiser(**SIZES, bf16=bf16).to(DEVICE).eval()
@@ -79,10 +80,22 @@ def learner(name, num_seeds, graph):
     """A call of a learner's update, on the bundled dataset, with all that its main makes."""
     module, made = importlib.import_module(name), []
     module.run = lambda *inputs, **options: made.extend((inputs, options))
-    module.main(module.Args(num_seeds=num_seeds, eval_every=0, device=DEVICE))
+    with contextlib.redirect_stdout(sys.stderr):
+        module.main(module.Args(num_seeds=num_seeds, eval_every=0, device=DEVICE))
     (_, _, agents, optimizers, draw_batch, _), options = made
     update = partial(module.update, agents, optimizers, draw_batch)
     return update, module.record(update) if graph else update, options.get("updates", 1)
+
+
+def variants(name):
+    """What to time of a stage: how it runs, eagerly, as timed, units in a call, bf16 or not."""
+    for graph in (False, True) if CUDA else (False,):
+        way = "graph" if graph else "eager"
+        for bf16 in (False, True) if name.startswith("stage") else ():
+            make, num = (stage_a, 1) if name == "stage_a" else (stage_b, 2048 if CUDA else 16)
+            yield f"{'bf16' if bf16 else 'fp32'} {way}", *make(bf16, graph), num, bf16
+        for num_seeds in () if name.startswith("stage") else (1, 8):
+            yield f"{num_seeds} agents, {way}", *learner(name, num_seeds, graph), False
 
 
 def main(names):
@@ -96,30 +109,17 @@ def main(names):
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in names or ("stage_a", "stage_b", "td3bc", "iql", "cql", "mcq", "dt"):
         torch.manual_seed(0)
-        rows = []  # how, what to count, what to time, units in a call, bf16
-        for graph in (False, True) if CUDA else (False,):
-            way = " graph" if graph else " eager"
-            if name.startswith("stage"):
-                make, num = (stage_a, 1) if name == "stage_a" else (stage_b, 2048 if CUDA else 64)
-                for bf16 in (False, True):
-                    rows.append(
-                        ("bf16" * bf16 + "fp32" * (not bf16) + way, *make(bf16, graph), num, bf16)
-                    )
-            else:
-                for num_seeds in (1, 8):
-                    rows.append(
-                        (f"agents {num_seeds}" + way, *learner(name, num_seeds, graph), False)
-                    )
+        rows = list(variants(name))
         for row, seconds in zip(rows, time_in_turns([row[2] for row in rows])):
             how, eager, _, num, bf16 = row
             with FlopCounterMode(display=False) as counter:
                 eager()
             rate, tflops = num / seconds, counter.get_total_flops() / seconds / 1e12
-            work = (
+            hours = PAPER.get(name, 10**6) / rate / 3600
+            cells = (
                 f"{1e3 * seconds:.3g} | {rate:.4g} | {tflops:.3g} | {tflops / ceilings[bf16]:.0%}"
             )
-            hours = PAPER.get(name, 10**6) / rate / 3600
-            print(f"| {name} | {how} | {work} | {hours:.3g} |", flush=True)
+            print(f"| {name} | {how} | {cells} | {hours:.3g} |", flush=True)
 
 
 if __name__ == "__main__":

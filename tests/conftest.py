@@ -1,6 +1,7 @@
 """What the tests share: the repository's root, running a script as a user does, small datasets."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from minari.serialization import serialize_space
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two processes wait for each other
+torch.set_num_threads(1)
 sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
 
 TINY_A = ["--horizon", 7, "--dim", 8, "--batch-size", 16, "--train-steps", 6]

@@ -96,17 +96,6 @@ def test_copied_alone_it_helps_and_says_what_is_missing(name, pipeline, tmp_path
     run(script, *flags, "--env", ROOT / "data/hopper-medium-sample", cwd=tmp_path)
 
 
-def test_every_flag_is_explained():
-    """By a comment on its line or on the one above, which --help shows."""
-    for path in PATHS.values():
-        lines = path.read_text().splitlines()
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.decorator_list:
-                for field in node.body:
-                    near = lines[field.lineno - 2] + lines[field.lineno - 1]
-                    assert "  # " in near or isinstance(field, ast.Expr), (path.name, near)
-
-
 def test_readme_commands_have_flags_that_exist():
     text, helps, found = (ROOT / "README.md").read_text(), {}, set()
     commands = re.findall(r"((?:baselines/|data/)?\w+\.py)((?: [^`\n|&#]+)?)", text)

@@ -7,29 +7,25 @@ import sys
 import time
 
 import gymnasium as gym
-import minari
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 
 import synther as S
 from td3bc import read_buffer
 
-SCRIPT = ROOT / "baselines" / "synther.py"
 SIZES = {"width": 16, "batch_size": 8, "train_steps": 800, "save_every": 200, "num_steps": 4}
 SIZES |= {"num_transitions": 50, "sample_batch_size": 20, "device": "cpu"}
 
 
 def test_transitions_match_a_loop():
-    dataset = minari.MinariDataset(ROOT / "data" / "hopper-medium-sample" / "data")
-    episodes, expected = S.load_episodes([dataset])[:3], []
+    episodes, expected = S.load_episodes(S.open_datasets(S.DEFAULT_ENV))[:3], []
     for e in episodes:
         for t, (s, s_next) in enumerate(zip(e.observations, e.observations[1:])):
             expected.append([*s, *e.actions[t], e.rewards[t], *s_next, float(e.terminations[t])])
     rows, mean, std = (x.numpy() for x in S.make_transitions(episodes))
     np.testing.assert_array_equal(rows, np.float32(expected))
-    assert rows.shape[1] == 2 * 11 + 3 + 2 and rows[:, -1].any()
     np.testing.assert_allclose(mean[:-1], np.mean(expected, 0)[:-1], rtol=1e-5)
     np.testing.assert_allclose(std[:-1], np.std(expected, 0, ddof=1)[:-1] + 1e-5, rtol=1e-5)
     assert mean[-1] == 0 and std[-1] == 1  # the terminal stays 0 or 1
@@ -63,13 +59,11 @@ def plain_network(net, x, c_noise):
 def test_denoiser_and_loss_are_edms():
     torch.manual_seed(0)
     denoiser = S.TransitionDenoiser(27, 32, sigma_data=0.5)
-    assert {p.numel() for p in denoiser.buffers()} == {8}  # the random frequencies
-    sizes = [
-        sum(p.numel() for p in S.ResidualMLP(42, width).parameters()) for width in (1024, 2048)
-    ]
-    assert sizes == pytest.approx([6.5e6, 25.6e6], abs=0.05e6)  # SynthER's small one, and C.1
+    for width, millions in ((1024, 6.5), (2048, 25.6)):  # SynthER's small one, and C.1
+        size = sum(p.numel() for p in S.ResidualMLP(42, width).parameters())
+        assert size == pytest.approx(1e6 * millions, abs=0.05e6)
     x, noise, sigma = torch.randn(4, 27), torch.randn(4, 27), torch.tensor([0.002, 0.3, 2.0, 80.0])
-    noised, expected_loss = x + sigma[:, None] * noise, 0.0
+    noised, loss = x + sigma[:, None] * noise, 0.0
     D = denoiser(noised, sigma).detach()
     for i, s in enumerate(sigma.tolist()):
         norm, x_i = math.sqrt(s**2 + 0.25), noised[i].double().numpy()
@@ -77,9 +71,8 @@ def test_denoiser_and_loss_are_edms():
         expected = 0.25 / norm**2 * x_i + 0.5 * s / norm * F
         np.testing.assert_allclose(D[i].numpy(), expected, atol=1e-5, rtol=1e-5)
         weight = (s**2 + 0.25) / (s * 0.5) ** 2
-        expected_loss += weight * ((D[i] - x[i]) ** 2).mean().item() / 4
-    loss = S.transition_loss(denoiser, x, sigma, noise).item()
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+        loss += weight * ((D[i] - x[i]) ** 2).mean().item() / 4
+    assert S.transition_loss(denoiser, x, sigma, noise).item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_an_update_is_a_clipped_step_of_adam(float64):
@@ -103,90 +96,70 @@ def test_an_update_is_a_clipped_step_of_adam(float64):
 
 def test_average_keeps_nothing_of_the_initial_weights():
     ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    share = 1 - 0.995 * 0.75  # at step 108 the decay is 1 - 8^(-2/3) = 3/4
-    for step, weight, expected in ((10, 0, 0.0), (100, 0, 0.0), (108, 1, 0.25), (10**6, 1, share)):
+    # at step 108 the decay is 1 - 8^(-2/3) = 3/4
+    for step, weight, expected in ((10, 0, 0), (108, 1, 0.25), (10**6, 1, 1 - 0.995 * 0.75)):
         torch.nn.init.constant_(model.weight, weight)
         S.average_weights(ema, model, step, 0.995)
         assert ema.weight.item() == pytest.approx(expected)
 
 
 def test_exact_denoiser_draws_from_the_gaussian():
-    """The sampler with D of data N(m, C), which is known: m + C (C + sigma^2)^-1 (x - m). The rows:
-    s, a, r, s' of a linear Gaussian system, each on a scale of its own; 0.3 of it terminal."""
+    """The sampler with D of data N(m, C), which is known: m + C (C + sigma^2)^-1 (x - m)."""
     torch.manual_seed(0)
-    s, a, noise = torch.randn(3, 20_000) * torch.tensor([[3.0], [0.5], [1.0]])
-    rows = torch.stack([s + 10, a - 1, 40 * torch.randn(20_000) + 200, s + 4 * a + noise])
-    rows = torch.cat([rows, (torch.rand(1, 20_000) < 0.3).float()]).T
-    mean, std, m = rows.mean(0), rows.std(0), torch.tensor([0, 0, 0, 0, 0.3])
-    mean[-1], std[-1] = 0, 1
-    C = ((rows - mean) / std).T.cov()
+    root, m, mean, std = 0.5 * torch.randn(5, 5), torch.randn(5), torch.randn(5), 9 * torch.rand(5)
+    C = root @ root.T
 
     def denoiser(x, sigma):
         return m + (x - m) @ torch.linalg.inv(C + sigma[0] ** 2 * torch.eye(5)) @ C
 
     args = S.Args(num_transitions=30_000, sample_batch_size=16_384, device="cpu")
-    x, same = S.sample(denoiser, mean, std, args), {"atol": 0.03, "rtol": 0}
-    torch.testing.assert_close((x.mean(0) - mean) / std, m, **same)
-    torch.testing.assert_close(x.std(0) / rows.std(0), torch.ones(5), **same)
-    torch.testing.assert_close(torch.corrcoef(x.T), torch.corrcoef(rows.T), **same)
+    x = (S.sample(denoiser, mean, std, args) - mean) / std
+    torch.testing.assert_close(x.mean(0), m, atol=0.03, rtol=0)
+    torch.testing.assert_close(x.T.cov(), C, atol=0.05, rtol=0)
 
 
-# --- files ---
+def generate(folder, out="buffer.npz", **changes):
+    """Runs the script in this process. Returns its checkpoint, and its buffer with metadata."""
+    files = {"checkpoint": str(folder / "synther.pt"), "out": str(folder / out)}
+    S.main(S.Args(**{**SIZES, **files, **changes}))
+    return torch.load(folder / "synther.pt", weights_only=True), *read_buffer(folder / out)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the files of a tiny run."""
-    folder = tmp_path_factory.mktemp("synther")
-    files = {"checkpoint": str(folder / "synther.pt"), "out": str(folder / "buffer.npz")}
-    S.main(S.Args(**SIZES, **files))
-    return folder
-
-
-def test_killed_and_started_again_is_bit_for_bit_the_same(folder, tmp_path):
-    flags = [text for k, x in SIZES.items() for text in (f"--{k.replace('_', '-')}", str(x))]
-    command, errors = [sys.executable, str(SCRIPT), *flags], subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=errors)
+def test_killed_and_started_again_is_bit_for_bit_the_same(tmp_path, capsys):
+    command = [sys.executable, ROOT / "baselines/synther.py"]
+    command += [f"--{key.replace('_', '-')}={x}" for key, x in SIZES.items()]
+    process = subprocess.Popen(command, cwd=tmp_path)
     while not (tmp_path / "synther.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()  # -9
     process.wait()
-    assert not (tmp_path / "buffer.npz").exists()
-    output = run(SCRIPT, *flags, cwd=tmp_path).stdout
+    other, again, _ = generate(tmp_path)
+    output = capsys.readouterr().out
     assert "synther.pt is at step" in output and "at step 800" not in output
-    one, other = (torch.load(f / "synther.pt", weights_only=True) for f in (folder, tmp_path))
+    one, buffer, metadata = generate(tmp_path / "whole")
     for part in ("model", "ema"):
         assert all(torch.equal(x, other[part][key]) for key, x in one[part].items())
     rate = one["optimizer"]["param_groups"][0]["lr"]  # one cosine over the run
     assert rate == pytest.approx(3e-4 * (1 + math.cos(math.pi * 799 / 800)) / 2)
-    (buffer, metadata), (again, _) = (read_buffer(f / "buffer.npz") for f in (folder, tmp_path))
     assert all(np.array_equal(x, again[key]) for key, x in buffer.items())
     assert [x.shape for x in buffer.values()] == [(50, 2, 11), (50, 1, 3), (50, 1), (50, 1)]
     assert "".join(x.dtype.char for x in buffer.values()) == "fff?"
-    expected = {"format": "gta-buffer", "format_version": 1, "method": "synther", "horizon": 1}
-    expected |= {"env": "data/hopper-medium-sample", "env_id": "Hopper-v5", "width": 16}
-    expected |= {"dataset_ids": ["hopper-medium-sample-v0"]}
-    expected["label"] = "synther(width 16, train-steps 800, num-transitions 50, num-steps 4)"
-    assert {key: metadata[key] for key in expected} == expected
+    assert metadata["label"].startswith("synther(width 16, train-steps 800, num-transitions 50, ")
 
 
-def test_nothing_is_replaced(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
-    S.main(S.Args(**SIZES))
+def test_nothing_is_replaced(tmp_path, capsys):
+    for _ in range(2):
+        generate(tmp_path, train_steps=8)
     assert "buffer.npz is finished, made with these flags" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for changes, message in (
         ({"num_steps": 5}, "buffer.npz was made with num_steps 4; choose another --out"),
         ({"out": "b.npz", "lr": 0.1}, "synther.pt was made with lr 0.0003; choose another --check"),
-        ({"out": "b.npz", "checkpoint": "buffer.npz"}, "buffer.npz: no whole model of synther"),
-        ({"out": "synther.pt"}, "synther.pt is no buffer of synther.py; choose another --out"),
     ):
         with pytest.raises(SystemExit, match=message):
-            S.main(S.Args(**{**SIZES, **changes}))
+            generate(tmp_path, train_steps=8, **changes)
     with pytest.raises(SystemExit, match="buffer.npz is now of another run; choose another --out"):
-        S.save_buffer(folder / "buffer.npz", {}, {}, None)
-    S.main(S.Args(**{**SIZES, "num_steps": 5, "out": "b.npz"}))  # the trained model is sampled
-    assert before == {name: (folder / name).read_bytes() for name in before}
-    (b, metadata), (buffer, _) = read_buffer("b.npz"), read_buffer("buffer.npz")
-    assert metadata["num_steps"] == 5 and (b["rewards"] != buffer["rewards"]).any()
+        S.save_buffer(tmp_path / "buffer.npz", {}, {}, None)
+    generate(tmp_path, "b.npz", train_steps=8, num_steps=5)  # of the same model
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
