@@ -537,7 +537,8 @@ def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
     scores = np.array([row[3] for row in evals[-args.num_seeds :]])
     result = f"{scores.mean():.1f} +- {scores.std():.1f}" if evals else "not evaluated"
     algorithm = script if about["aug_label"] == "none" else f"{script} + {about['aug_label']}"
-    print(f"wrote {out}\n{args.env} | {algorithm} | {result} over {args.num_seeds} seeds")
+    seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
+    print(f"wrote {out}\n{args.env} | {algorithm} | {result} over {seeds}")
 
 
 def main(args):
