@@ -221,8 +221,7 @@ def load_data(args):
 
 
 def make_scale(s, box, eps=1e-3):
-    """Returns what standardises states s [N, obs_dim] (TD3+BC, eq. 4) and maps [-1, 1] to the box
-    of actions."""
+    """Returns what standardises states s [N, obs_dim] and maps [-1, 1] to the box of actions."""
     low, high = torch.from_numpy(np.float64([box.low, box.high]))
     require((high - low < 1e30).all(), f"the actions have no bounds, {box}")
     mean, std = s.double().mean(0), s.double().std(0, correction=0) + eps
@@ -230,8 +229,7 @@ def make_scale(s, box, eps=1e-3):
 
 
 def pack_transitions(episodes, action_space, args):
-    """Returns a function that draws s, a, r, s', terminal, all [S, B, ...], and their scale:
-    states are standardised, and the box of actions is [-1, 1]."""
+    """Returns a function that draws s, a, r, s', terminal, all [S, B, ...], and their scale."""
     columns = zip(*((e.observations[:-1], *e[1:], e.observations[1:]) for e in episodes))
     s, a, r, terminal, s_next = (torch.from_numpy(np.concatenate(x)) for x in columns)
     scale = make_scale(s, action_space)
@@ -421,8 +419,7 @@ REFERENCE_RETURNS = {  # of a random and of an expert policy (D4RL), where a dat
 
 
 def make_envs(dataset, args, about):
-    """Returns environments for up to ten episodes of every agent: only what is registered here,
-    no code that the dataset names. Fills in args.eval_episodes and about["reference_returns"]."""
+    """Returns environments, registered here, for up to ten episodes of every agent at once."""
     metadata = dataset.storage.metadata
     recorded = json.loads(metadata.get("env_spec") or "{}")
     spec = json.loads(metadata.get("eval_env_spec") or "{}") or recorded
@@ -457,8 +454,7 @@ def make_envs(dataset, args, about):
 
 @torch.no_grad()
 def evaluate(agents, envs, args):
-    """Returns every agent's mean return [S] over --eval-episodes whole episodes, which start from
-    the same states in every evaluation."""
+    """Returns every agent's mean return [S] of whole episodes, always from the same states."""
     agents.eval()
     S, K = args.num_seeds, envs.num_envs // args.num_seeds
     returns = np.zeros((S, K))
