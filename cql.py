@@ -482,10 +482,9 @@ def make_envs(dataset, args, about):
     spec = json.loads(metadata.get("eval_env_spec") or "{}") or recorded
     require(spec, f"{dataset.id} names no environment; --eval-every 0 trains without one")
     name, kwargs, steps = spec["id"], spec["kwargs"], spec["max_episode_steps"]
-    old = {"id": name, "kwargs": kwargs} | recorded
-    other = [key for key in {*old["kwargs"], *kwargs} if old["kwargs"].get(key) != kwargs.get(key)]
-    if other or old["id"] != name:
-        print(f"evaluation: {name}, recorded {old['id']}, with another {', '.join(sorted(other))}")
+    ours, old = ({"id": x["id"], **x["kwargs"]} for x in (spec, recorded or spec))
+    if other := sorted(key for key in {*ours, *old} if ours.get(key) != old.get(key)):
+        print(f"evaluation: {name}, recorded {old['id']}, with another {', '.join(other)}")
     if wrappers := [wrapper["name"] for wrapper in spec["additional_wrappers"]]:
         print(f"evaluation: {name} without the wrappers {', '.join(wrappers)}")
     if "Kitchen" in name and "ref_max_score" not in metadata:  # D4RL counts a task once

@@ -139,9 +139,9 @@ def main(args):
     penalty = metadata.get("diffusion", {}).get("terminal_penalty", 0.0)  # as the buffer has it
     penalty = 0.0 if metadata.get("restore_terminal_reward") else penalty
     buffer["rewards"] = (r * std[-1] + mean[-1] - penalty * buffer["terminals"]).astype(np.float32)
+    require(not out.exists(), f"{out} is now of another run; choose another --out")
     temporary = f"{out}.{os.getpid()}.tmp.npz"
     np.savez(temporary, **buffer, metadata=json.dumps(metadata))
-    require(not out.exists(), f"{out} is now of another run; choose another --out")
     os.replace(temporary, out)
     print(f"wrote {out}: {label}, R^2 {r_squared:.4f} on transitions that it has not seen")
 

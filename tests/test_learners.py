@@ -56,8 +56,8 @@ def test_evaluation_equals_a_plain_loop():
     assert envs.num_envs == 20
     torch.manual_seed(0)
     scale = plain.unit_scale(11, 3)
-    scale["mean"], scale["std"], scale["radius"] = scale["mean"] + 0.5, scale["std"] + 1, 0.5
-    scale["radius"] = torch.full((3,), 0.5)
+    scale["mean"], scale["std"] = scale["mean"] + 0.5, scale["std"] + 1
+    scale["radius"] = scale["radius"] / 2
     agents = td3bc.TD3BC(args, scale)
     env, returns = gym.make("Hopper-v5"), np.zeros((2, 13))
     for i in range(2):

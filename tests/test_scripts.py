@@ -66,7 +66,7 @@ def test_requirements_are_what_the_scripts_import():
         header = re.search(r"# dependencies = \[(.*?)\]\n# ///", path.read_text(), re.S)[1]
         headers |= {re.match(r"[\w-]+", own)[0] for own in re.findall(r'"(.+?)"', header)}
     headers -= {"stable-baselines3"}  # of collect_sample.py alone
-    more = {"mujoco", "pytest", "gymnasium-robotics", "ruff", "h5py", "huggingface_hub"}
+    more = {"mujoco", "pytest", "gymnasium-robotics", "ruff", "h5py"}
     assert headers <= {re.match(r"[\w-]+", line)[0] for line in required} <= headers | more
     assert all("==" in line for line in required)
 
