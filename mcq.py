@@ -83,7 +83,7 @@ def blame(message):
 
 # --- data ---
 
-DEFAULT_ENV = "data/hopper-medium-sample"
+DEFAULT_ENV = "data/halfcheetah-medium-sample"
 SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
     r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
     r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",

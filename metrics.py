@@ -7,11 +7,11 @@
 
     python metrics.py --aug buffer.npz
     python metrics.py --aug a.npz b.npz --plot metrics.png
-    python metrics.py --runs runs/* --table latex
+    python metrics.py --runs runs/* --table latex --plot curves.png
 
 GTA (Lee et al., NeurIPS 2024), sections 5.1 and 5.4, appendices D, F.2, F.4, F.6 and F.7.
 Reads buffers of gta_augment.py and the dataset that they were made from, or folders of runs.
-Writes metrics.json (--out) and a figure (--plot); with --runs nothing.
+Writes metrics.json (--out) and a figure (--plot); with --runs the figure alone.
 """
 
 import json
@@ -53,7 +53,8 @@ class Args:
     num_transitions: int = 1_000_000
     # file for all numbers of --aug; made anew if it was made with the same flags
     out: str = "metrics.json"
-    # figure (.png, .pdf, .svg) of returns (Figures 4c, 8) and of controllability (Figure 7)
+    # figure (.png, .pdf, .svg): of --aug, returns (Figures 4c, 8) and controllability (Figure 7);
+    # of --runs, the learning curves of each augmentation (Figure 10)
     plot: str | None = None
     table: Literal["text", "markdown", "latex"] = "text"  # form of the tables
     seed: int = 0  # seed of what is drawn
@@ -79,7 +80,7 @@ def blame(message):
 
 # --- data ---
 
-DEFAULT_ENV = "data/hopper-medium-sample"
+DEFAULT_ENV = "data/halfcheetah-medium-sample"
 SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
     r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
     r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
@@ -450,6 +451,14 @@ def draw_figure(episodes, samples, answers):
     return figure
 
 
+def save_figure(figure, path):
+    """Writes under another name, then renames."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    figure.savefig(temporary, format=Path(path).suffix[1:], dpi=130)
+    os.replace(temporary, path)
+
+
 def check_out(args):
     """Ends the program with one line if --out or --plot would replace what was made with other
     flags. Returns the figure that belongs to --out."""
@@ -469,8 +478,6 @@ def check_out(args):
 def measure_buffers(args):
     """Prints the table of --aug, writes --out and --plot."""
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
-    form = Path(args.plot or "a.png").suffix[1:]
-    require(form in ("png", "pdf", "svg"), f"--plot {args.plot}: must end in .png, .pdf or .svg")
     args.env = args.env or read_buffer(args.aug[0])[1].get("env", DEFAULT_ENV)
     check_out(args)
     datasets = open_datasets(args.env)
@@ -480,8 +487,7 @@ def measure_buffers(args):
 
         with blame("--track"):
             wandb.init(config=asdict(args))
-    for name in filter(None, (args.out, args.plot)):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     reference, rng = make_reference(episodes), np.random.default_rng(args.seed)
     samples, buffers = {"dataset": sample_dataset(episodes, args.num_transitions, rng)}, {}
@@ -528,9 +534,8 @@ def measure_buffers(args):
     Path(temporary).write_text(text + "\n")
     os.replace(temporary, args.out)
     if args.plot:
-        figure = draw_figure(episodes, {name: samples[name] for name in buffers}, answers)
-        figure.savefig(temporary, format=form, dpi=200)
-        os.replace(temporary, args.plot)
+        buffers = {name: samples[name] for name in buffers}
+        save_figure(draw_figure(episodes, buffers, answers), args.plot)
     print(render(rows, args.table))
     print(f"wrote {args.out}" + f" and {args.plot}" * bool(args.plot))
     if args.track:
@@ -541,7 +546,7 @@ def measure_buffers(args):
 
 
 def read_runs(folders):
-    """Returns {(algorithm, augmentation): {environment: {seed: score of the last evaluation}}}.
+    """Returns {(algorithm, augmentation): {environment: {seed: {update: score}}}}.
 
     Of two runs of the same seed the later one among the folders counts. Says so, and which runs are
     left out, and where runs that share a cell were not made alike.
@@ -557,20 +562,26 @@ def read_runs(folders):
             lines = (folder / "evals.csv").read_text().splitlines()[1:]
             evals = [[float(x) for x in line.split(",")] for line in lines]
             seed, steps, env = (config[key] for key in ("seed", "train_steps", "env"))
-            row, evals = (config["script"], config["aug_label"]), evals[-config["num_seeds"] :]
+            row, curves = (config["script"], config["aug_label"]), defaultdict(dict)
         if not evals or evals[-1][0] < steps:
             print(f"left out: {folder} was not evaluated at update {steps}", file=sys.stderr)
             continue
-        scores = {seed + int(agent): score for _, agent, _, score in evals}
+        for update, agent, _, score in evals:
+            curves[seed + int(agent)][int(update)] = score
         cell, where = table[row][env], f"{' + '.join(row)}, {env}"
-        if again := ", ".join(str(seed) for seed in sorted(cell.keys() & scores.keys())):
+        if again := ", ".join(str(seed) for seed in sorted(cell.keys() & curves.keys())):
             print(f"{where}: seed {again} counts as in the later {folder}", file=sys.stderr)
-        cell |= scores
+        cell |= curves
         own = {key: x for key, x in config.items() if key not in free}
         first = settings.setdefault(where, own)
         if differ := [key for key in first | own if first.get(key) != own.get(key)]:
             print(f"{where}: runs differ in {', '.join(differ)}; {folder}", file=sys.stderr)
     return table
+
+
+def last_scores(curves):
+    """{seed: {update: score}} -> {seed: score of the last update}"""
+    return {seed: curve[max(curve)] for seed, curve in curves.items()}
 
 
 def average_scores(cells):
@@ -580,15 +591,40 @@ def average_scores(cells):
     return {seed: np.mean([cell[seed] for cell in cells]) for seed in cells[0] if same}
 
 
+def draw_curves(table, environments):
+    """A picture for each algorithm and environment: mean and deviation over seeds, by update."""
+    algorithms = sorted({algorithm for algorithm, _ in table})
+    size = (0.8 + 4.2 * len(environments), 3.2 * len(algorithms))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(algorithms), len(environments), squeeze=False)
+    for (algorithm, augmentation), row in sorted(table.items()):
+        for axis, name in zip(axes[algorithms.index(algorithm)], environments):
+            if curves := [*row[name].values()]:
+                updates = sorted(set.intersection(*map(set, curves)))
+                scores = np.array([[curve[update] for update in updates] for curve in curves])
+                mean, std = scores.mean(0), scores.std(0)
+                (line,) = axis.plot(updates, mean, label=textwrap.fill(augmentation, 40))
+                axis.fill_between(
+                    updates, mean - std, mean + std, color=line.get_color(), alpha=0.2
+                )
+            axis.set(xlabel="update", ylabel="score")
+            axis.set_title(f"{algorithm}, {name}", fontsize=9)
+            axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
 def tabulate_runs(args):
-    """Prints the results of --runs, and Welch's tests between the augmentations of a learner."""
+    """Prints the results of --runs, and Welch's tests between the augmentations of a learner.
+    Writes --plot."""
+    is_free = not args.plot or not Path(args.plot).exists()
+    require(is_free, f"--plot {args.plot} is there; remove it or choose another name")
     table, columns = read_runs(args.runs), {}
     require(table, "--runs: no run among them has come to its end with an evaluation")
     environments = sorted({name for scores in table.values() for name in scores})
     heads = environments + ["average"] * (len(environments) > 1)
     rows = [["", *heads]]
     for row in sorted(table, key=lambda row: (row[0], row[1] != "none", row[1])):
-        cells = [table[row][name] for name in environments]
+        cells = [last_scores(table[row][name]) for name in environments]
         scores = [np.array([*cell.values()]) for cell in (*cells, average_scores(cells))]
         columns[row] = scores[: len(heads)]
         cells = [f"{x.mean():.1f} +- {x.std():.1f} ({len(x)})" if len(x) else "-" for x in scores]
@@ -606,10 +642,15 @@ def tabulate_runs(args):
                 tests.append([pair, head, *cells, f"{welch.pvalue:.4f}"])
     if len(tests) > 1:
         print("\n" + render(tests, args.table))
+    if args.plot:
+        save_figure(draw_curves(table, environments), args.plot)
+        print(f"\nwrote {args.plot}")
 
 
 def main(args):
     require(bool(args.aug) != bool(args.runs), "give either --aug buffer.npz or --runs runs/*")
+    fits = Path(args.plot or "a.png").suffix in (".png", ".pdf", ".svg")
+    require(fits, f"--plot {args.plot}: must end in .png, .pdf or .svg")
     (measure_buffers if args.aug else tabulate_runs)(args)
 
 

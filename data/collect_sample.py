@@ -1,26 +1,15 @@
 # /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "torch",
-#     "numpy",
-#     "gymnasium[mujoco]",
-#     "h5py",
-#     "minari[create,hdf5]",
-#     "stable-baselines3",
-#     "tyro",
-# ]
+# requires-python = ">=3.11"
+# dependencies = ["torch", "numpy", "gymnasium[mujoco]", "h5py", "minari[create,hdf5]",
+#     "stable-baselines3", "tyro"]
 # ///
-"""Make `hopper-medium-sample`, the small dataset that every script uses when no --env is given.
+"""Make the two bundled datasets: policies stopped well short of an expert, sampled stochastically.
 
-PPO learns Hopper-v5 and is stopped well short of an expert. Its stochastic policy is then recorded
-until the dataset holds enough transitions, always in whole episodes. About three minutes on two
-cores.
+    python data/collect_sample.py                   HalfCheetah-v5, SAC: ten minutes on one core
+    python data/collect_sample.py --sample hopper   Hopper-v5, PPO: three minutes
 
-    python data/collect_sample.py
-
-Writes: data/hopper-medium-sample/ (a Minari dataset; an existing one is left alone)
-
-This is the only file that needs stable-baselines3 and minari[create]:
+Writes data/halfcheetah-medium-sample/ or data/hopper-medium-sample/, Minari datasets of whole
+episodes. This is the only file that needs stable-baselines3 and minari[create]:
 
     pip install "minari[create,hdf5]" "gymnasium[mujoco]" stable-baselines3 tyro
 """
@@ -31,63 +20,71 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import h5py
+import minari
 import numpy as np
 import tyro
-
-# D4RL's reference returns of Hopper: a random policy and an expert.
-REF_MIN_SCORE, REF_MAX_SCORE = -20.272305, 3234.3
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 
 @dataclass
 class Args:
-    # folder to write; must not exist yet
-    out: Path = Path(__file__).parent / "hopper-medium-sample"
-    dataset_id: str = "hopper-medium-sample-v0"  # Minari id stored in the metadata
-    env_id: str = "Hopper-v5"  # Gymnasium environment
-    train_steps: int = 400_000  # environment steps of PPO before recording
-    # stop recording after the episode that reaches this many transitions
-    num_transitions: int = 40_000
-    seed: int = 1  # seed of training and recording
+    sample: Literal["halfcheetah", "hopper"] = "halfcheetah"
+    # folder to write; must not exist yet. Default: beside this file, the sample's name
+    out: Path | None = None
+    seed: int = 1  # of training and recording
+
+
+def train_sac(args):
+    """HalfCheetah, 100 000 steps. Returns the policy: observation -> sampled action."""
+    options = {"learning_starts": 2000, "train_freq": 2, "seed": args.seed, "device": "cpu"}
+    sac = SAC("MlpPolicy", gym.make("HalfCheetah-v5"), **options)
+    sac.learn(100_000)
+    return lambda s: sac.predict(s)[0]
 
 
 def train_ppo(args):
-    """Returns the policy and the running mean and variance of its observations."""
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
-
-    envs = VecNormalize(make_vec_env(args.env_id, n_envs=8, seed=args.seed))
-    ppo = PPO(
-        "MlpPolicy",
-        envs,
-        n_steps=512,
-        batch_size=256,
-        gae_lambda=0.95,
-        policy_kwargs={"net_arch": [64, 64]},
-        seed=args.seed,
-        device="cpu",
-    )
-    ppo.learn(args.train_steps)
+    """Hopper, 400 000 steps. Returns the policy: observation -> sampled action."""
+    envs = VecNormalize(make_vec_env("Hopper-v5", n_envs=8, seed=args.seed))
+    options = {"n_steps": 512, "batch_size": 256, "policy_kwargs": {"net_arch": [64, 64]}}
+    ppo = PPO("MlpPolicy", envs, **options, seed=args.seed, device="cpu")
+    ppo.learn(400_000)
     envs.training = False
-    return ppo, envs.normalize_obs
+    return lambda s: ppo.predict(envs.normalize_obs(s))[0]  # clipped
 
 
-def record_episodes(args, ppo, normalize_obs):
-    """Records whole episodes of the sampled policy. Returns the collector and the returns [E]."""
-    import minari
+SAMPLES = {  # environment, algorithm, what trains it, transitions, D4RL's reference returns
+    "halfcheetah": ("HalfCheetah-v5", "SAC", train_sac, 60_000, (-280.178953, 12135.0)),
+    "hopper": ("Hopper-v5", "PPO", train_ppo, 40_000, (-20.272305, 3234.3)),
+}
 
-    env = minari.DataCollector(gym.make(args.env_id))
+
+class Float32(minari.StepDataCallback):
+    """Stores observations in half the space."""
+
+    def __call__(self, env, **step):
+        step = super().__call__(env, **step)
+        return {**step, "observation": step["observation"].astype(np.float32)}
+
+
+def record_episodes(args, name, policy, num_transitions):
+    """Records whole episodes until they hold num_transitions. Returns the collector and the
+    returns [E]."""
+    env = gym.make(name)
+    space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = minari.DataCollector(env, Float32, observation_space=space)
     returns, transitions = [], 0
-    while transitions < args.num_transitions:
+    while transitions < num_transitions:
         # one seed per episode: an episode can be replayed alone
         observation, _ = env.reset(seed=args.seed * 1_000_000 + len(returns))
         episode_return, done = 0.0, False
         while not done:
-            action, _ = ppo.predict(normalize_obs(observation), deterministic=False)  # clipped
-            observation, reward, terminated, truncated, _ = env.step(action)
+            observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += reward
             transitions += 1
             done = terminated or truncated
@@ -113,23 +110,24 @@ def compact(storage):
 
 
 def main(args):
-    if args.out.exists():
-        sys.exit(f"error: {args.out} exists; remove it or choose another --out")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    ppo, normalize_obs = train_ppo(args)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as root:
+    name, algorithm, train, num_transitions, references = SAMPLES[args.sample]
+    out = args.out or Path(__file__).parent / f"{args.sample}-medium-sample"
+    if out.exists():
+        sys.exit(f"error: {out} exists; remove it or choose another --out")
+    policy = train(args)
+    with tempfile.TemporaryDirectory(dir=out.parent) as root:
         os.environ["MINARI_DATASETS_PATH"] = root
-        env, returns = record_episodes(args, ppo, normalize_obs)
+        env, returns = record_episodes(args, name, policy, num_transitions)
         dataset = env.create_dataset(
-            args.dataset_id,
-            eval_env=args.env_id,
-            algorithm_name=f"PPO, {args.train_steps} steps, sampled stochastically",
+            f"{args.sample}-medium-sample-v0",
+            eval_env=name,
+            algorithm_name=f"{algorithm}, stopped short of expert, sampled stochastically",
             author="GTA",
             author_email="none",
             code_permalink="data/collect_sample.py",
-            description=f"{args.env_id} episodes of a PPO policy stopped short of expert.",
-            ref_min_score=REF_MIN_SCORE,
-            ref_max_score=REF_MAX_SCORE,
+            description=f"{name} episodes of a {algorithm} policy stopped short of expert.",
+            ref_min_score=references[0],
+            ref_max_score=references[1],
             requirements=["gymnasium[mujoco]>=1.0"],
         )
         print(
@@ -139,10 +137,10 @@ def main(args):
         )
         env.close()
         compact(dataset.storage)
-        shutil.move(Path(root) / args.dataset_id, args.out)
-    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
-    print(f"wrote {args.out} ({size / 1e6:.1f} MB)")
+        shutil.move(Path(root) / dataset.id, out)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    print(f"wrote {out} ({size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

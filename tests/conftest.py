@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two processes wait f
 torch.set_num_threads(1)
 sys.path[:0] = [str(ROOT), str(ROOT / "baselines"), str(ROOT / "data")]
 
+HOPPER = str(ROOT / "data" / "hopper-medium-sample")  # its episodes end in falls
 TINY_A = ["--horizon", 7, "--dim", 8, "--batch-size", 16, "--train-steps", 6]
 TINY_B = ["--num-transitions", 280, "--num-steps", 8, "--mu", 0.5, "--alpha", 1.3]
 TINY_C = ["--train-steps", 6, "--batch-size", 32, "--eval-every", 4, "--eval-episodes", 2]
@@ -83,8 +84,8 @@ def float64():
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """A folder with diffusion.pt and buffer.npz of tiny runs of stages A and B."""
+    """A folder with diffusion.pt and buffer.npz of tiny runs of stages A and B on Hopper."""
     folder = tmp_path_factory.mktemp("pipeline")
-    run(ROOT / "gta_diffusion.py", *TINY_A, cwd=folder)
+    run(ROOT / "gta_diffusion.py", "--env", HOPPER, *TINY_A, cwd=folder)
     run(ROOT / "gta_augment.py", *TINY_B, cwd=folder)
     return folder

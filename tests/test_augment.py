@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HOPPER, ROOT
 
 import gta_augment as B
 
@@ -19,7 +19,7 @@ SIGMAS = B.noise_schedule(128)
 
 @pytest.fixture(scope="module")
 def episodes():
-    return B.load_episodes(B.open_datasets(B.DEFAULT_ENV))
+    return B.load_episodes(B.open_datasets(HOPPER))
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_buffer_has_the_documented_arrays(pipeline):
     assert "".join(x.dtype.char for x in buffer.values()) == "fff?iiff"
     expected = {"format": "gta-buffer", "format_version": 1, "method": "gta", "env_id": "Hopper-v5"}
     expected |= {"label": "gta(mu 0.5, alpha 1.3, num-transitions 280, num-steps 8, H 7)"}
-    expected |= {"env": B.DEFAULT_ENV, "dataset_ids": ["hopper-medium-sample-v0"], "horizon": 7}
+    expected |= {"env": HOPPER, "dataset_ids": ["hopper-medium-sample-v0"], "horizon": 7}
     assert metadata.items() >= expected.items() and metadata["diffusion"]["step"] == 6
 
 

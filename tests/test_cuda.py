@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import ROOT, TINY_B, run
+from conftest import HOPPER, ROOT, TINY_B, run
 
 import gta_diffusion
 
@@ -41,7 +41,7 @@ def assert_close(first, second):
 @pytest.mark.parametrize("num_seeds", [1, 3])
 def test_a_recorded_update_is_the_eager_one(tmp_path, monkeypatch, name, num_seeds):
     module = importlib.import_module(name)
-    flags = {"env": str(ROOT / module.DEFAULT_ENV), "train_steps": 40, "batch_size": 64}
+    flags = {"env": HOPPER, "train_steps": 40, "batch_size": 64}
     flags |= {"eval_every": 0, "num_seeds": num_seeds}
     ours = train(module, monkeypatch, tmp_path, module.record, **flags)
     theirs = train(module, monkeypatch, tmp_path, eager, **flags)
@@ -51,7 +51,7 @@ def test_a_recorded_update_is_the_eager_one(tmp_path, monkeypatch, name, num_see
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_recorded_step_of_stage_a_is_the_eager_one(tmp_path, monkeypatch, precision):
     module = gta_diffusion
-    flags = {"env": str(ROOT / module.DEFAULT_ENV), "train_steps": 20, "batch_size": 32}
+    flags = {"env": HOPPER, "train_steps": 20, "batch_size": 32}
     flags |= {"horizon": 7, "dim": 8, "precision": precision}
     ours = train(module, monkeypatch, tmp_path, module.record, **flags)
     theirs = train(module, monkeypatch, tmp_path, eager, **flags)

@@ -7,7 +7,7 @@ import os
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_minari
+from conftest import HOPPER, ROOT, run, write_minari
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 
 import td3bc
@@ -304,7 +304,7 @@ def test_a_renderer_that_is_missing_is_named(tmp_path):
 def test_track_without_a_login_leaves_nothing(tmp_path):
     env = {key: x for key, x in os.environ.items() if not key.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    flags = ["--env", ROOT / td3bc.DEFAULT_ENV, "--train-steps", 2, "--track"]
+    flags = ["--env", HOPPER, "--train-steps", 2, "--track"]
     result = run(ROOT / "td3bc.py", *flags, cwd=tmp_path, ok=False, env=env)
     assert "wandb login" in result.stderr and not (tmp_path / "runs").exists()
 

@@ -10,12 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, write_minari
+from conftest import HOPPER, ROOT, run, write_minari
 from plain_unet import plain_unet
 
 import gta_diffusion as A
 
-SMALL = {"horizon": 7, "dim": 8, "batch_size": 8, "train_steps": 14, "save_every": 4}
+SMALL = {"env": HOPPER, "horizon": 7, "dim": 8, "batch_size": 8, "train_steps": 14, "save_every": 4}
 COMMAND = [ROOT / "gta_diffusion.py", "--device=cpu"]
 COMMAND += [f"--{key.replace('_', '-')}={x}" for key, x in SMALL.items()]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -23,7 +23,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def episodes():
-    return A.load_episodes(A.open_datasets(A.DEFAULT_ENV))
+    return A.load_episodes(A.open_datasets(HOPPER))
 
 
 def train(folder, **changes):

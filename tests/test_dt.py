@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, write_minari
+from conftest import HOPPER, ROOT, run, write_minari
 from gymnasium.envs.registration import EnvSpec
 from plain import unit_scale
 
@@ -154,7 +154,7 @@ def test_evaluation_equals_a_plain_loop():
     agents = make(num_seeds=2, target_return=700.0, return_scale=0.01, eval_episodes=11, seed=3)
     agents.mean += 0.5
     agents.radius /= 2
-    (dataset,) = dt.open_datasets(str(ROOT / dt.DEFAULT_ENV))
+    (dataset,) = dt.open_datasets(HOPPER)
     envs, env = dt.make_envs(dataset, agents.args, {}), gym.make("Hopper-v5")
     expected = np.zeros(2)
     for i in range(2):

@@ -12,11 +12,10 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import ROOT, TINY_C, run
+from conftest import HOPPER, ROOT, TINY_C, run
 
 import td3bc
 
-SAMPLE = ROOT / td3bc.DEFAULT_ENV
 LEARNERS = ("td3bc", "iql", "cql", "mcq", "dt")
 
 
@@ -29,7 +28,7 @@ def test_a_run_on_dataset_and_buffer(pipeline, tmp_path, name):
     lines = result.stdout.splitlines()
     assert lines[-2] == f"wrote runs/{folder.name}" and folder.name.startswith(f"{name}-")
     label = json.loads((folder / "config.json").read_text())["aug_label"]
-    assert lines[-1].startswith(f"{td3bc.DEFAULT_ENV} | {name} + {label} | ")
+    assert lines[-1].startswith(f"{HOPPER} | {name} + {label} | ")
     header, *rows = (folder / "evals.csv").read_text().splitlines()
     evals = np.array([[float(x) for x in row.split(",")] for row in rows])
     assert header == "update,agent,return,score" and evals[:, 1].tolist() == [0, 1, 0, 1]
@@ -51,7 +50,7 @@ def test_s4rl_and_buffer_alone(pipeline, tmp_path, name):
 def test_evaluation_equals_a_plain_loop():
     """13 episodes of two agents, ten side by side, each whole, from their own seeds."""
     args = td3bc.Args(num_seeds=2, eval_episodes=13, seed=3, device="cpu")
-    (dataset,) = td3bc.open_datasets(str(SAMPLE))
+    (dataset,) = td3bc.open_datasets(HOPPER)
     envs = td3bc.make_envs(dataset, args, {})
     assert envs.num_envs == 20
     torch.manual_seed(0)
@@ -89,7 +88,7 @@ def test_a_batch_is_each_agents_own_with_the_noise_of_s4rl():
 
 # --- files ---
 
-FLAGS = ["--env", SAMPLE, "--batch-size", 32, "--eval-episodes", 1, "--train-steps", 4000]
+FLAGS = ["--env", HOPPER, "--batch-size", 32, "--eval-episodes", 1, "--train-steps", 4000]
 FLAGS += ["--eval-every", 200, "--out", "out"]
 
 

@@ -7,11 +7,10 @@ import h5py
 import minari
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_minari
+from conftest import HOPPER, ROOT, run, write_minari
 
 from make_dataset import TASKS, Duplicate, Fraction, FromD4rl, Mix, find_jumps, main
 
-SAMPLE = str(ROOT / "data" / "hopper-medium-sample")
 
 
 def open_minari(folder):
@@ -30,31 +29,31 @@ def find(episodes, sources):
 
 @pytest.fixture(scope="module")
 def source():
-    return read(SAMPLE)
+    return read(HOPPER)
 
 
 def test_fraction_holds_whole_random_episodes(source, tmp_path, capsys):
     folders = [tmp_path / name for name in ("a", "again", "b")]
     for folder, seed in zip(folders, (3, 3, 4)):
-        main(Fraction(env=SAMPLE, fraction=0.2, seed=seed, out=str(folder)))
+        main(Fraction(env=HOPPER, fraction=0.2, seed=seed, out=str(folder)))
     a, again, b = (find(read(folder), source) for folder in folders)
     assert a == again != b and a == sorted(set(a))  # none twice, in the dataset's order
     lengths = np.array([len(e.rewards) for e in source])
     assert abs(lengths[a].sum() - 0.2 * lengths.sum()) <= lengths.max() / 2 + 1
-    old, new = (open_minari(folder).storage.metadata for folder in (SAMPLE, folders[0]))
+    old, new = (open_minari(folder).storage.metadata for folder in (HOPPER, folders[0]))
     for key in ("env_spec", "eval_env_spec", "observation_space", "action_space", "ref_max_score"):
         assert new[key] == old[key]
-    main(Fraction(env=SAMPLE, fraction=0.2, seed=3, out=str(folders[0])))
+    main(Fraction(env=HOPPER, fraction=0.2, seed=3, out=str(folders[0])))
     assert "a is finished, made with these flags" in capsys.readouterr().out
     for out, message in (("a", "made with seed 3; choose"), ("a/data", "nothing of make_dataset")):
         with pytest.raises(SystemExit, match=message):
-            main(Fraction(env=SAMPLE, fraction=0.2, seed=1, out=str(tmp_path / out)))
+            main(Fraction(env=HOPPER, fraction=0.2, seed=1, out=str(tmp_path / out)))
 
 
 def test_mix_is_all_of_one_and_some_of_another(source, tmp_path):
     own, mix = (str(tmp_path / name) for name in ("own", "mix"))
-    main(Fraction(env=SAMPLE, num_transitions=12_000, seed=1, out=own))
-    main(Mix(env=own, other=SAMPLE, ratio=0.5, seed=5, out=mix))
+    main(Fraction(env=HOPPER, num_transitions=12_000, seed=1, out=own))
+    main(Mix(env=own, other=HOPPER, ratio=0.5, seed=5, out=mix))
     kept, mixed = find(read(own), source), find(read(mix), source)
     assert mixed[: len(kept)] == kept
     steps = [sum(len(source[i].rewards) for i in part) for part in (kept, mixed[len(kept) :])]
@@ -64,7 +63,7 @@ def test_mix_is_all_of_one_and_some_of_another(source, tmp_path):
 @pytest.mark.parametrize("top, min_return", [(0.1, None), (1.0, 2500.0)])
 def test_duplicate_adds_copies_of_the_best(source, tmp_path, top, min_return):
     flags = {"num_transitions": 30_000, "top": top, "min_return": min_return}
-    main(Duplicate(env=SAMPLE, out=str(tmp_path / "d"), **flags))
+    main(Duplicate(env=HOPPER, out=str(tmp_path / "d"), **flags))
     copies = find(read(tmp_path / "d"), source)
     assert copies[: len(source)] == list(range(len(source)))
     times = np.bincount(copies)[: len(source)] - 1
@@ -85,7 +84,7 @@ def test_dictionaries_stay_and_no_environment_is_needed(tmp_path):
     assert open_minari(new).observation_space == space
     np.testing.assert_array_equal([e.observations["a"]["c"] for e in read(new)], 2 * x)
     with pytest.raises(SystemExit, match="sample-v0 and old-v0 differ in environment or spaces"):
-        main(Mix(env=SAMPLE, other=str(old), ratio=1e-4, out=str(tmp_path / "x")))
+        main(Mix(env=HOPPER, other=str(old), ratio=1e-4, out=str(tmp_path / "x")))
 
 
 def write_d4rl(path, arrays):

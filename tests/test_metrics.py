@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, write_minari
+from conftest import HOPPER, ROOT, run, write_minari
 from scipy import stats
 
 import metrics as M
@@ -31,7 +31,7 @@ def load(env):
 
 @pytest.fixture(scope="module")
 def own():
-    return load(M.DEFAULT_ENV)
+    return load(HOPPER)
 
 
 def to_buffer(sample, first, N=20, H=5):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import HOPPER, ROOT, run
 
 import relabel_rewards as R
 
@@ -31,7 +31,7 @@ def test_rewards_are_the_networks_and_all_else_is_kept(restored, pipeline, tmp_p
     np.savez("buffer.npz", **old, metadata=json.dumps(metadata))
     R.main(R.Args())
     new, own = R.read_buffer("relabeled.npz")
-    (dataset,) = R.open_datasets(R.DEFAULT_ENV)  # beside baselines/
+    (dataset,) = R.open_datasets(HOPPER)
     s_0, r = np.concatenate([*R.read_transitions(dataset)])[:, [0, -1]].T
     expected = r.mean() + (old["observations"][:, :-1, 0] - s_0.mean()) / s_0.std() * r.std()
     expected[old["terminals"]] -= 0 if restored else 100

@@ -80,8 +80,29 @@ FLAGS = {  # of a short run; the others are learners
 }
 
 
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """A folder with diffusion.pt and buffer.npz made without --env: of the bundled HalfCheetah."""
+    folder = tmp_path_factory.mktemp("bundled")
+    for name in ("gta_diffusion", "gta_augment"):
+        run(PATHS[name], *FLAGS[name], cwd=folder)
+    return folder
+
+
+def test_a_first_run_needs_no_env(bundled, tmp_path):
+    """README: what the first command ends with, and a learner on the same buffer."""
+    aug, env = ["--aug", bundled / "buffer.npz"], "data/halfcheetah-medium-sample"
+    output = run(PATHS["metrics"], *aug, "--plot", "a/metrics.png", cwd=tmp_path).stdout
+    rows = {key: cells for key, *cells in (re.split("  +", x) for x in output.splitlines())}
+    dataset, generated = (float(x) for x in rows["oracle reward"])
+    assert dataset == pytest.approx(3.8, abs=0.3) and -3 < generated < 10
+    assert rows[env][0] == "dataset" and (tmp_path / "a/metrics.png").stat().st_size > 20_000
+    last = run(PATHS["td3bc"], *TINY_C, *aug, cwd=tmp_path).stdout.splitlines()[-1]
+    assert last.startswith(f"{env} | td3bc + gta(mu 0.5, alpha 1.3, ")
+
+
 @pytest.mark.parametrize("name", [n for n, p in PATHS.items() if p.parent.name != "data"])
-def test_copied_alone_it_helps_and_says_what_is_missing(name, pipeline, tmp_path):
+def test_copied_alone_it_helps_and_says_what_is_missing(name, bundled, tmp_path):
     script = shutil.copy(PATHS[name], tmp_path)
     needs = {
         "gta_augment": "diffusion.pt",
@@ -89,11 +110,11 @@ def test_copied_alone_it_helps_and_says_what_is_missing(name, pipeline, tmp_path
         "relabel_rewards": "buffer.npz",
     }
     if name in needs:
-        shutil.copy(pipeline / needs[name], tmp_path)
+        shutil.copy(bundled / needs[name], tmp_path)
     assert "--env" in run(script, "--help", cwd=tmp_path).stdout
     flags = FLAGS.get(name, TINY_C)
     assert "--env is missing" in run(script, *flags, cwd=tmp_path, ok=False).stderr
-    run(script, *flags, "--env", ROOT / "data/hopper-medium-sample", cwd=tmp_path)
+    run(script, *flags, "--env", ROOT / "data/halfcheetah-medium-sample", cwd=tmp_path)
 
 
 def test_readme_commands_have_flags_that_exist():

@@ -10,17 +10,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HOPPER, ROOT
 
 import synther as S
 from td3bc import read_buffer
 
-SIZES = {"width": 16, "batch_size": 8, "train_steps": 800, "save_every": 200, "num_steps": 4}
+SIZES = {"env": HOPPER, "width": 16, "batch_size": 8, "train_steps": 800, "save_every": 200, "num_steps": 4}
 SIZES |= {"num_transitions": 50, "sample_batch_size": 20, "device": "cpu"}
 
 
 def test_transitions_match_a_loop():
-    episodes, expected = S.load_episodes(S.open_datasets(S.DEFAULT_ENV))[:3], []
+    episodes, expected = S.load_episodes(S.open_datasets(HOPPER))[:3], []
     for e in episodes:
         for t, (s, s_next) in enumerate(zip(e.observations, e.observations[1:])):
             expected.append([*s, *e.actions[t], e.rewards[t], *s_next, float(e.terminations[t])])
