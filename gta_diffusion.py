@@ -43,7 +43,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +
-    env: str = "data/hopper-medium-sample"
+    env: str = "data/halfcheetah-medium-sample"
     # H, transitions in a subtrajectory: 1, 7, 15, 23, ..., since the U-Net halves its H + 1 rows
     # thrice. 31 is the paper's 32 as its authors ran it (Table 8)
     horizon: int = 31

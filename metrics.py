@@ -177,7 +177,8 @@ class Sample(NamedTuple):
     s_next: np.ndarray  # [N, H, obs_dim]
     terminal: np.ndarray  # [N, H] bool
     penalised: np.ndarray  # [N, H] bool: the reward holds stage A's penalty and says nothing
-    condition: np.ndarray | None  # [N] the return that was asked for
+    condition: np.ndarray | None = None  # [N] the return that was asked for
+    source: np.ndarray | None = None  # [N, H] rewards of the window that it was made from
 
 
 def sample_dataset(episodes, num_transitions, rng):
@@ -188,7 +189,7 @@ def sample_dataset(episodes, num_transitions, rng):
     if num_transitions < len(index):
         index = np.sort(rng.choice(index, num_transitions, replace=False))
     s, a, r, s_next, terminal = (x[index][:, None] for x in (s, a, r, s_next, terminal))
-    return Sample(s, a, r, s_next, terminal, np.zeros_like(terminal), condition=None)
+    return Sample(s, a, r, s_next, terminal, np.zeros_like(terminal))
 
 
 def add_state_noise(sample, std, sigma, rng):
@@ -197,8 +198,8 @@ def add_state_noise(sample, std, sigma, rng):
     return sample._replace(s=s, s_next=s_next)
 
 
-def sample_buffer(buffer, metadata, num_transitions, rng):
-    """Draws whole subtrajectories of a buffer without replacement."""
+def sample_buffer(buffer, metadata, episodes, num_transitions, rng):
+    """Draws whole subtrajectories of a buffer, made from these episodes, without replacement."""
     index = np.arange(len(buffer["actions"]))
     num_windows = math.ceil(num_transitions / buffer["actions"].shape[1])
     if num_windows < len(index):
@@ -208,7 +209,13 @@ def sample_buffer(buffer, metadata, num_transitions, rng):
     terminal = buffer["terminals"].astype(bool)
     penalty = metadata.get("diffusion", {}).get("terminal_penalty", 0.0)  # A.1
     penalised = terminal & (penalty != 0 and not metadata.get("restore_terminal_reward"))
-    return Sample(s[:, :-1], a, r, s[:, 1:], terminal, penalised, buffer.get("condition"))
+    sample = Sample(s[:, :-1], a, r, s[:, 1:], terminal, penalised, buffer.get("condition"))
+    if "timestep" not in buffer:  # SynthER's transitions have no source
+        return sample
+    sources = zip(buffer["episode"], buffer["timestep"])
+    return sample._replace(
+        source=np.stack([episodes[i].rewards[t:][: r.shape[1]] for i, t in sources])
+    )
 
 
 def dataset_returns(episodes, horizon):
@@ -378,6 +385,8 @@ def measure(sample, answers, std, space):
         "actions at a bound": ((sample.a <= space.low) | (sample.a >= space.high)).mean(),
         "reward": sample.r[counted].mean(dtype=np.float64),
     }
+    if sample.source is not None:
+        numbers["reward of the sources"] = sample.source[counted].mean()
     if answers:  # D.3, eq. 14
         error = dynamic_error(sample.s_next.reshape(answers.s_next.shape), answers.s_next, std)
         numbers |= {
@@ -499,7 +508,7 @@ def measure_buffers(args):
         require(made_from == ids, f"--aug {path} was made from {made_from}, --env is {ids}")
         with blame(f"--aug {path}: its arrays do not fit together"):
             own_rng = np.random.default_rng(args.seed)
-            sample = sample_buffer(buffer, metadata, args.num_transitions, own_rng)
+            sample = sample_buffer(buffer, metadata, episodes, args.num_transitions, own_rng)
         own, N_H = [x.shape for x in sample[:4]], sample.r.shape
         expected = [(*N_H, obs_dim), (*N_H, act_dim), N_H, (*N_H, obs_dim)]
         require(own == expected, f"--aug {path}: s, a, r, s' are {own}, not {expected}")

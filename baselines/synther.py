@@ -41,7 +41,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +
-    env: str = "data/hopper-medium-sample"
+    env: str = "data/halfcheetah-medium-sample"
     # of the residual MLP (C.1: 25.6 M parameters). SynthER takes 1024 for some datasets
     width: int = 2048
     # transitions in a batch. Default, as SynthER: 1024, or 256 where the data has under 800 000

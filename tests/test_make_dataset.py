@@ -12,7 +12,6 @@ from conftest import HOPPER, ROOT, run, write_minari
 from make_dataset import TASKS, Duplicate, Fraction, FromD4rl, Mix, find_jumps, main
 
 
-
 def open_minari(folder):
     return minari.MinariDataset(f"{folder}/data")
 

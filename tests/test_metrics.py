@@ -153,6 +153,8 @@ def test_shares_rewards_and_controllability(own):
     assert numbers["dynamic MSE"] == pytest.approx(0.09, rel=1e-5)
     assert numbers["actions at a bound"] == pytest.approx(2 / 360)
     assert numbers["reward"] == pytest.approx(np.delete(buffer.r, 15).mean())
+    own_source = M.measure(buffer._replace(source=buffer.r + 1), answers, own.std, own.space)
+    assert own_source["reward of the sources"] == pytest.approx(numbers["reward"] + 1)
     assert numbers["oracle reward"] == pytest.approx(number.mean())
     assert numbers["oracle reward, not penalised"] == pytest.approx((number.sum() - 15) / 119)
     kept = (np.delete(x, 3) for x in (buffer.condition, buffer.r.sum(1)))
@@ -164,12 +166,15 @@ def test_samples_are_whole_subtrajectories(own, pipeline):
     buffer["terminals"][1, 2] = True
     no_penalty = {"diffusion": metadata["diffusion"] | {"terminal_penalty": 0.0}}
     for change in ({"restore_terminal_reward": True}, no_penalty, {}):
-        sample = M.sample_buffer(buffer, metadata | change, 10**6, None)
+        sample = M.sample_buffer(buffer, metadata | change, own.episodes, 10**6, None)
         assert (sample.penalised == (sample.terminal & (not change))).all()
     s, r = buffer["observations"], buffer["rewards"]
     for x, y in zip(sample, (s[:, :7], buffer["actions"], r, s[:, 1:], buffer["terminals"])):
         np.testing.assert_array_equal(x, y)
-    fewer = M.sample_buffer(buffer, metadata, 50, np.random.default_rng(0)).r
+    for i, (episode, t) in enumerate(zip(buffer["episode"], buffer["timestep"])):
+        rewards = own.episodes[episode].rewards
+        assert sample.source[i].tolist() == [rewards[t + k] for k in range(7)]
+    fewer = M.sample_buffer(buffer, metadata, own.episodes, 50, np.random.default_rng(0)).r
     assert len({x.tobytes() for x in fewer} & {x.tobytes() for x in r}) == 8
     returns = [e.rewards[t : t + 5].sum() for e in own.episodes for t in range(len(e.rewards) - 4)]
     np.testing.assert_allclose(M.dataset_returns(own.episodes, 5), returns, rtol=1e-6)
@@ -188,7 +193,7 @@ def test_the_command_prints_and_writes_all_numbers(pipeline, tmp_path, monkeypat
     assert own == copy and own["transitions"] == dataset["transitions"] == 140
     assert dataset["dynamic MSE, median"] < 1e-20 < s4rl["dynamic MSE, median"] < 1e-4
     rows = {key: cells for key, *cells in (re.split("  +", x) for x in output.splitlines())}
-    assert rows["controllability"][0] == "-" and len(own) == 24
+    assert rows["controllability"][0] == "-" and len(own) == 25
     for key, number in own.items():
         assert float(rows[key][1]) == pytest.approx(number, rel=1e-3)
 

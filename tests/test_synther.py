@@ -15,7 +15,14 @@ from conftest import HOPPER, ROOT
 import synther as S
 from td3bc import read_buffer
 
-SIZES = {"env": HOPPER, "width": 16, "batch_size": 8, "train_steps": 800, "save_every": 200, "num_steps": 4}
+SIZES = {
+    "env": HOPPER,
+    "width": 16,
+    "batch_size": 8,
+    "train_steps": 800,
+    "save_every": 200,
+    "num_steps": 4,
+}
 SIZES |= {"num_transitions": 50, "sample_batch_size": 20, "device": "cpu"}
 
 
