@@ -588,6 +588,11 @@ def read_runs(folders):
     return table
 
 
+def in_order(row):
+    """Sorts (algorithm, augmentation): of an algorithm, the run without one comes first."""
+    return row[0], row[1] != "none", row[1]
+
+
 def last_scores(curves):
     """{seed: {update: score}} -> {seed: score of the last update}"""
     return {seed: curve[max(curve)] for seed, curve in curves.items()}
@@ -606,16 +611,15 @@ def draw_curves(table, environments):
     size = (0.8 + 4.2 * len(environments), 3.2 * len(algorithms))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(algorithms), len(environments), squeeze=False)
-    for (algorithm, augmentation), row in sorted(table.items()):
+    for algorithm, augmentation in sorted(table, key=in_order):
         for axis, name in zip(axes[algorithms.index(algorithm)], environments):
-            if curves := [*row[name].values()]:
-                updates = sorted(set.intersection(*map(set, curves)))
-                scores = np.array([[curve[update] for update in updates] for curve in curves])
-                mean, std = scores.mean(0), scores.std(0)
-                (line,) = axis.plot(updates, mean, label=textwrap.fill(augmentation, 40))
-                axis.fill_between(
-                    updates, mean - std, mean + std, color=line.get_color(), alpha=0.2
-                )
+            if not (curves := [*table[algorithm, augmentation][name].values()]):
+                continue
+            updates = sorted(set.intersection(*map(set, curves)))
+            scores = np.array([[curve[update] for update in updates] for curve in curves])
+            mean, std = scores.mean(0), scores.std(0)
+            (line,) = axis.plot(updates, mean, label=textwrap.fill(augmentation, 40))
+            axis.fill_between(updates, mean - std, mean + std, color=line.get_color(), alpha=0.2)
             axis.set(xlabel="update", ylabel="score")
             axis.set_title(f"{algorithm}, {name}", fontsize=9)
             axis.legend(frameon=False, fontsize=7)
@@ -632,7 +636,7 @@ def tabulate_runs(args):
     environments = sorted({name for scores in table.values() for name in scores})
     heads = environments + ["average"] * (len(environments) > 1)
     rows = [["", *heads]]
-    for row in sorted(table, key=lambda row: (row[0], row[1] != "none", row[1])):
+    for row in sorted(table, key=in_order):
         cells = [last_scores(table[row][name]) for name in environments]
         scores = [np.array([*cell.values()]) for cell in (*cells, average_scores(cells))]
         columns[row] = scores[: len(heads)]

@@ -262,6 +262,34 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     assert rows["iql + gta"][2] == f"{average.mean():.1f} +- {average.std():.1f} (3)"
 
 
+def test_learning_curves_are_means_and_deviations_over_seeds(tmp_path):
+    write = partial(write_run, tmp_path)
+    folders = [write("iql", "none", "hopper", 60, 62, 70), write("iql", "gta", "hopper", 71, 73)]
+    folders += [write("cql", "none", "walker", 1, 2), write("iql", "none", "walker", 5, 9, seed=3)]
+    for own, first in ((0, 50), (1, 58)):  # an evaluation before, other scores
+        path = Path(folders[own], "evals.csv")
+        path.write_text(re.sub(r"(?m)^5,(.),0,.*", rf"5,\1,0,{first}\1", path.read_text()))
+    table = M.read_runs(folders)
+    axes = np.reshape(M.draw_curves(table, ["hopper", "walker"]).axes, (2, 2))
+    assert [[len(axis.lines) for axis in row] for row in axes] == [[0, 1], [2, 1]]  # cql, iql
+    for line, band, first, last in zip(
+        *(axes[1, 0].lines, axes[1, 0].collections),
+        *(([500, 501, 502], [580, 581]), ([60, 62, 70], [71, 73])),  # none, gta
+    ):
+        np.testing.assert_array_equal(line.get_xdata(), [5, 10])
+        np.testing.assert_allclose(line.get_ydata(), [np.mean(first), np.mean(last)])
+        corners = band.get_paths()[0].vertices
+        for x, scores in ((5, first), (10, last)):
+            y = corners[corners[:, 0] == x, 1]
+            np.testing.assert_allclose(y.max(), np.mean(scores) + np.std(scores))
+            np.testing.assert_allclose(y.min(), np.mean(scores) - np.std(scores))
+
+    M.main(M.Args(runs=tuple(folders), plot=str(tmp_path / "b" / "curves.svg")))
+    assert "iql, hopper" in (tmp_path / "b" / "curves.svg").read_text()  # a comment of the text
+    with pytest.raises(SystemExit, match="curves.svg is there; remove it or choose another name"):
+        M.main(M.Args(runs=tuple(folders), plot=str(tmp_path / "b" / "curves.svg")))
+
+
 def test_runs_of_a_learner_are_read(tmp_path):
     out, tiny = str(tmp_path / "a"), {"train_steps": 6, "batch_size": 32, "eval_every": 6}
     td3bc.main(td3bc.Args(**tiny, eval_episodes=2, num_seeds=2, device="cpu", out=out))
