@@ -383,6 +383,7 @@ def measure(sample, answers, std, space):
         "transitions": sample.r.size,
         "terminal": sample.terminal.mean(),
         "actions at a bound": ((sample.a <= space.low) | (sample.a >= space.high)).mean(),
+        "reward of the sources": math.nan,
         "reward": sample.r[counted].mean(dtype=np.float64),
     }
     if sample.source is not None:

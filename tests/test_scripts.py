@@ -92,7 +92,8 @@ def bundled(tmp_path_factory):
 def test_a_first_run_needs_no_env(bundled, tmp_path):
     """README: what the first command ends with, and a learner on the same buffer."""
     aug, env = ["--aug", bundled / "buffer.npz"], "data/halfcheetah-medium-sample"
-    output = run(PATHS["metrics"], *aug, "--plot", "a/metrics.png", cwd=tmp_path).stdout
+    flags = ["--num-transitions", 280, "--plot", "a/metrics.png"]
+    output = run(PATHS["metrics"], *aug, *flags, cwd=tmp_path).stdout
     rows = {key: cells for key, *cells in (re.split("  +", x) for x in output.splitlines())}
     dataset, generated = (float(x) for x in rows["oracle reward"])
     assert dataset == pytest.approx(3.8, abs=0.3) and -3 < generated < 10
