@@ -27,9 +27,6 @@ import h5py
 import minari
 import numpy as np
 import tyro
-from stable_baselines3 import PPO, SAC
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
 
 
 @dataclass
@@ -42,6 +39,8 @@ class Args:
 
 def train_sac(args):
     """HalfCheetah, 100 000 steps. Returns the policy: observation -> sampled action."""
+    from stable_baselines3 import SAC
+
     options = {"learning_starts": 2000, "train_freq": 2, "seed": args.seed, "device": "cpu"}
     sac = SAC("MlpPolicy", gym.make("HalfCheetah-v5"), **options)
     sac.learn(100_000)
@@ -50,6 +49,10 @@ def train_sac(args):
 
 def train_ppo(args):
     """Hopper, 400 000 steps. Returns the policy: observation -> sampled action."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
     envs = VecNormalize(make_vec_env("Hopper-v5", n_envs=8, seed=args.seed))
     options = {"n_steps": 512, "batch_size": 256, "policy_kwargs": {"net_arch": [64, 64]}}
     ppo = PPO("MlpPolicy", envs, **options, seed=args.seed, device="cpu")
