@@ -210,7 +210,7 @@ def sample_buffer(buffer, metadata, episodes, num_transitions, rng):
     penalty = metadata.get("diffusion", {}).get("terminal_penalty", 0.0)  # A.1
     penalised = terminal & (penalty != 0 and not metadata.get("restore_terminal_reward"))
     sample = Sample(s[:, :-1], a, r, s[:, 1:], terminal, penalised, buffer.get("condition"))
-    if "timestep" not in buffer:  # SynthER's transitions have no source
+    if not {"episode", "timestep"} <= buffer.keys():  # SynthER's, a user's own: no source is named
         return sample
     sources = zip(buffer["episode"], buffer["timestep"])
     return sample._replace(

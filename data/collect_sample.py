@@ -5,7 +5,7 @@
 # ///
 """Make the two bundled datasets: policies stopped well short of an expert, sampled stochastically.
 
-    python data/collect_sample.py                   HalfCheetah-v5, SAC: ten minutes on one core
+    python data/collect_sample.py                   HalfCheetah-v5, SAC: 13 minutes on one core
     python data/collect_sample.py --sample hopper   Hopper-v5, PPO: three minutes
 
 Writes data/halfcheetah-medium-sample/ or data/hopper-medium-sample/, Minari datasets of whole
@@ -117,6 +117,7 @@ def main(args):
     out = args.out or Path(__file__).parent / f"{args.sample}-medium-sample"
     if out.exists():
         sys.exit(f"error: {out} exists; remove it or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
     policy = train(args)
     with tempfile.TemporaryDirectory(dir=out.parent) as root:
         os.environ["MINARI_DATASETS_PATH"] = root

@@ -174,6 +174,8 @@ def test_samples_are_whole_subtrajectories(own, pipeline):
     for i, (episode, t) in enumerate(zip(buffer["episode"], buffer["timestep"])):
         rewards = own.episodes[episode].rewards
         assert sample.source[i].tolist() == [rewards[t + k] for k in range(7)]
+    own_data = {key: x for key, x in buffer.items() if key != "episode"}  # README: a user's own
+    assert M.sample_buffer(own_data, metadata, own.episodes, 10**6, None).source is None
     fewer = M.sample_buffer(buffer, metadata, own.episodes, 50, np.random.default_rng(0)).r
     assert len({x.tobytes() for x in fewer} & {x.tobytes() for x in r}) == 8
     returns = [e.rewards[t : t + 5].sum() for e in own.episodes for t in range(len(e.rewards) - 4)]
