@@ -562,7 +562,7 @@ def read_runs(folders):
     left out, and where runs that share a cell were not made alike.
     """
     table, settings = defaultdict(lambda: defaultdict(dict)), {}
-    free = {"seed", "num_seeds", "env", "aug", "out", "device", "track", "versions"}
+    free = {"seed", "num_seeds", "env", "aug", "finetune", "out", "device", "track", "versions"}
     for folder in map(Path, folders):
         if not (folder / "evals.csv").exists():
             print(f"left out: {folder} holds no evals.csv", file=sys.stderr)

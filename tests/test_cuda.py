@@ -1,11 +1,13 @@
 """On a GPU: a CUDA graph does what its function does, bf16 learns what fp32 does, all runs end."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
 from conftest import HOPPER, ROOT, TINY_B, run
 
+import drqbc
 import gta_diffusion
 
 LEARNERS = ("td3bc", "iql", "cql", "mcq", "dt")
@@ -46,6 +48,27 @@ def test_a_recorded_update_is_the_eager_one(tmp_path, monkeypatch, name, num_see
     ours = train(module, monkeypatch, tmp_path, module.record, **flags)
     theirs = train(module, monkeypatch, tmp_path, eager, **flags)
     assert_close(ours["agents"], theirs["agents"])
+
+
+def test_a_recorded_update_on_images_and_on_latents_is_the_eager_one():
+    args = drqbc.Args(batch_size=8, lr=1e-5, device="cuda")
+    s = torch.randint(0, 256, (2, 8, 9, 84, 84), dtype=torch.uint8, device="cuda")
+    a, r, discount = (torch.rand(*size, device="cuda") for size in ((8, 2), (8,), (8,)))
+    for images in (True, False):
+        weights = []
+        for recorder in (drqbc.record, eager):
+            torch.manual_seed(0)
+            agent = drqbc.DrQBC(args, 2).cuda()
+            with torch.no_grad():
+                s_now, s_next = s if images else map(agent.latents, s)
+            batch = s_now, a, r, discount, s_next
+            optimizers = drqbc.make_optimizers(agent, args)
+            step = partial(drqbc.update, agent, optimizers, lambda batch=batch: batch)
+            step = recorder(step)
+            for _ in range(20):
+                step()
+            weights.append(agent.state_dict())
+        assert_close(*weights)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
