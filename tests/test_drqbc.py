@@ -29,10 +29,14 @@ def make_rows(lengths, seed=0, act_dim=2):
 @pytest.fixture(scope="module")
 def walker():
     """dm_control's walker with episodes of 20 actions; these tests need a renderer."""
+    before = dict(os.environ)
     try:
         env = D.make_env("walker_walk", D.DrQBC(D.Args(), 6))
     except SystemExit as error:
         pytest.skip(str(error))
+    finally:  # MUJOCO_GL is of this module alone
+        os.environ.clear()
+        os.environ.update(before)
     env._step_limit = 40
     env.task.random.seed(0)
     return env
