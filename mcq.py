@@ -515,7 +515,7 @@ def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
         log = {key: loss.item() / args.num_seeds for key, loss in losses.items()}
         finite = np.isfinite([*log.values()]).all()
         require(finite, f"update {step}: {log}; {out} stays as it is; try a lower --lr")
-        if args.eval_every:
+        if envs is not None:
             returns, (low, high) = evaluate(agents, envs, args), about["reference_returns"]
             scores = 100 * (returns - low) / (high - low)
             evals += [[step, i, returns[i].item(), x.item()] for i, x in enumerate(scores)]

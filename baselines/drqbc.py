@@ -11,9 +11,8 @@
     python gta_augment.py --mu 0.1 --alpha 2.0 --reweight-bins 50
     python baselines/drqbc.py --finetune runs/<name> --aug buffer.npz
 
-The first trains encoder, policy and Q. The second writes the dataset's latents, what the trunks of
-policy and Q see of a state, as a Minari dataset. The last trains policy and Q on from there, on the
-latents and the generated ones; the encoder and the trunks stay as they are.
+The first trains encoder, policy and Q. The second writes latents, what the trunks of policy and Q
+see, as a Minari dataset. The last trains the heads of policy and Q on, on real and generated ones.
 
 Reads a folder of V-D4RL, or a run of this script and buffer.npz. Writes runs/<name>/ as the other
 learners do, or a dataset folder. Frames are rendered without a screen by MUJOCO_GL=egl.
@@ -48,8 +47,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # folder of V-D4RL's .hdf5 (or .npz) files, or the one above 84px. Of --finetune: of latents, if
-    # not where --aug says
+    # V-D4RL's folder of .hdf5 or .npz, or above its 84px; of --finetune: of latents, if not --aug's
     data: str | None = None
     encode: str | None = None  # folder of a run whose latents are to be written to --out
     finetune: str | None = None  # folder of a run to go on from, on latents
@@ -65,15 +63,16 @@ class Args:
     tau: float = 0.01  # step of the target network towards the trained one
     std_steps: int = 125_000  # gradient steps in which the policy's noise falls from 1 to 0.1
     alpha: float = 2.5  # weight of Q against imitation
-    # gradient steps between evaluations, which write a checkpoint; 0: none, write at the end
-    eval_every: int = 50_000
+    eval_every: int = 50_000  # steps between evaluations, checkpoints; 0: none, write at the end
     eval_episodes: int = 10  # episodes of an evaluation; 0: checkpoints alone, no renderer
-    # folder to write, or to go on with. Default: runs/drqbc-<task>-<augmentation>-<seed>-<time>
+    # folder to write, or to go on with. Default: runs/drqbc-<data>-<augmentation>-<seed>-<time>
     out: str | None = None
     seed: int = 0  # seed of weights, batches, noise and evaluation episodes
     # CUDA_VISIBLE_DEVICES picks the card
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_ENTITY say where
+    env: tyro.conf.Suppress[str | None] = None  # of results: the --data that the encoder has seen
+    num_seeds: tyro.conf.Suppress[int] = 1
 
 
 def require(condition, message):
@@ -147,10 +146,8 @@ def n_step_transitions(data, n_step, discount):
 
 
 def random_shift(frames, pad=4):
-    """Moves every image by up to pad pixels, its border repeated. [B, C, 84, 84]
-
-    DrQ-v2 resamples the image bilinearly at whole pixels, which is the same to rounding.
-    """
+    """Moves every image by up to pad pixels, its border repeated. [B, C, 84, 84] DrQ-v2 resamples
+    it bilinearly at whole pixels, which is the same to rounding."""
     B, size = len(frames), frames.shape[-1]
     shift = torch.randint(-pad, pad + 1, (2, B, 1), device=frames.device)
     rows, columns = (shift + torch.arange(size, device=frames.device)).clamp(0, size - 1)
@@ -158,15 +155,20 @@ def random_shift(frames, pad=4):
     return frames[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def draw(transitions, args):
+    """A batch of transitions, whose parts are arrays [M, ...] on the device, drawn uniformly."""
+    index = torch.randint(len(transitions[0]), (args.batch_size,), device=args.device)
+    return [x[index] for x in transitions]
+
+
 def draw_images(data, args):
     """Returns what draws a batch of transitions between shifted images, and act_dim."""
     transitions = [x.to(args.device) for x in n_step_transitions(data, args.n_step, args.discount)]
-    frames, M = data["observation"].to(args.device), len(transitions[0])
-    require(M, f"--data: no episode is longer than --n-step {args.n_step}")
+    frames = data["observation"].to(args.device)
+    require(len(transitions[0]), f"--data: no episode is longer than --n-step {args.n_step}")
 
     def draw_batch():
-        index = torch.randint(M, (args.batch_size,), device=args.device)
-        s, a, r, discount, s_next = (x[index] for x in transitions)
+        s, a, r, discount, s_next = draw(transitions, args)
         s, s_next = (random_shift(frames[x].flatten(1, 2)) for x in (s, s_next))
         return s, a, r, discount, s_next
 
@@ -208,11 +210,10 @@ class DrQBC(nn.Module):
 
     def __init__(self, args, act_dim):
         super().__init__()
-        self.args = args
+        self.args, d = args, FEATURES + act_dim
         self.encoder = make_encoder()
-        heads = [make_head(FEATURES + act_dim, 1) for _ in range(2)]
         self.actor = nn.ModuleList([make_trunk(), make_head(FEATURES, act_dim)])
-        self.critic = nn.ModuleList([make_trunk(), *heads])
+        self.critic = nn.ModuleList([make_trunk(), make_head(d, 1), make_head(d, 1)])
         self.apply(init)
         self.critic_target = copy.deepcopy(self.critic)
         self.register_buffer("step", torch.zeros(()))  # gradient steps
@@ -247,8 +248,8 @@ class DrQBC(nn.Module):
     def critic_loss(self, x, a, r, discount, x_next):
         """Clipped double Q-learning over n steps; r and discount are of all of them."""
         with torch.no_grad():
-            a_next = self.sample(x_next)
-            target = r + discount * self.q(x_next, a_next, self.critic_target).amin(0)
+            q_next = self.q(x_next, self.sample(x_next), self.critic_target)
+            target = r + discount * q_next.amin(0)
         return (self.q(x, a, self.critic) - target).square().mean(-1).sum()
 
     def actor_loss(self, x, a):
@@ -331,14 +332,14 @@ def name_latents(agent, task):
 
 def write_latents(args):
     """--encode: writes the latents of the run's dataset as a folder that --env takes."""
-    checkpoint, agent = load_agent(args.encode, args)
-    data, out = read_frames(args.data or checkpoint["args"]["data"]), Path(args.out).resolve()
+    old, agent = load_agent(args.encode, args)
+    data, out = read_frames(args.data or old["data"]), Path(args.out).resolve()
     rewards = hashlib.sha256(data["reward"].numpy().tobytes()).hexdigest()[:8]
-    dataset_id = f"{name_latents(agent, checkpoint['args']['task'])}-{rewards}-v0"
+    dataset_id = f"{name_latents(agent, old['task'])}-{rewards}-v0"
     if out.exists():
         with blame(f"--out {out} holds no latents; choose another"):
-            old = json.loads((out / "data" / "metadata.json").read_text())["dataset_id"]
-        require(old == dataset_id, f"--out {out} holds {old}, not {dataset_id}; choose another")
+            there = json.loads((out / "data" / "metadata.json").read_text())["dataset_id"]
+        require(there == dataset_id, f"--out {out} holds {there}, not {dataset_id}; choose another")
         return print(f"{out} is finished, {dataset_id}")
     with blame(f"--out {out}: cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -368,8 +369,8 @@ def read_buffer(path):
     return buffer, metadata
 
 
-def draw_latents(agent, task, args, about):
-    """Returns what draws a batch of transitions between latents, the dataset's and --aug's."""
+def draw_latents(agent, task, args):
+    """Returns what draws a batch of the dataset's and --aug's transitions, and their name."""
     buffer, metadata = read_buffer(args.aug) if args.aug else ({}, {})
     own, folder = name_latents(agent, task), args.data or metadata["env"]
     with blame(f"--data {folder}: no folder that --encode has written"):
@@ -381,15 +382,10 @@ def draw_latents(agent, task, args, about):
     keys = ("observations", "actions", "rewards", "terminals")
     trajectories += [*zip(*(buffer.get(key, []) for key in keys))]
     parts = [(z[:-1], a, r, args.discount * (1 - ends), z[1:]) for z, a, r, ends in trajectories]
-    transitions = [torch.tensor(np.concatenate(x)).float().to(args.device) for x in zip(*parts)]
-    about["aug_label"] = f"latents, {metadata.get('label', 'none')}"
-    print(f"{about['aug_label']}: {len(transitions[0])} transitions")
-
-    def draw_batch():
-        index = torch.randint(len(transitions[0]), (args.batch_size,), device=args.device)
-        return [x[index] for x in transitions]
-
-    return draw_batch
+    transitions = [torch.as_tensor(np.concatenate(x)).float().to(args.device) for x in zip(*parts)]
+    label = f"latents, {metadata.get('label', 'none')}"
+    print(f"{label}: {len(transitions[0])} transitions")
+    return partial(draw, transitions, args), label
 
 
 # --- evaluation ---
@@ -417,8 +413,8 @@ def take_frame(env):
 
 
 @torch.no_grad()
-def evaluate_policy(agent, env, args, action_repeat=2):
-    """Returns the mean return of whole episodes, always from the same states."""
+def evaluate(agent, env, args, action_repeat=2):
+    """Returns the mean return of whole episodes, always from the same states, as an array [1]."""
     env.task.random.seed(args.seed)
     total = 0.0
     for _ in range(args.eval_episodes):
@@ -431,7 +427,7 @@ def evaluate_policy(agent, env, args, action_repeat=2):
                 time_step = env.step(a)
                 total += time_step.reward
             frames = [*frames[-2:], take_frame(env)]
-    return float(total) / args.eval_episodes
+    return np.array([total / args.eval_episodes])
 
 
 # --- run ---
@@ -448,15 +444,15 @@ def load_checkpoint(path, args):
 
 
 def load_agent(folder, args):
-    """Returns the checkpoint of a run of this script on images, and its agent."""
+    """Returns the flags of a run of this script on images, and its agent."""
     path = Path(folder) / "checkpoint.pt"
     with blame(f"{path}: no run of drqbc.py"):
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        weights, is_tuned = checkpoint["agents"], checkpoint["args"]["finetune"]
+        weights, old = checkpoint["agents"], checkpoint["args"]
         agent = DrQBC(args, weights["actor.1.4.bias"].shape[0]).to(args.device)
         agent.load_state_dict(weights)
-    require(not is_tuned, f"{path} was fine-tuned; give the run on images")
-    return checkpoint, agent
+    require(not old["finetune"], f"{path} was fine-tuned; give the run on images")
+    return old, agent
 
 
 def stamp(path):
@@ -476,23 +472,23 @@ def save(path, values, since, texts=None):
     return stamp(path)
 
 
-def train_agent(args, about, agent, draw_batch, env):
-    """Trains until --train-steps updates are done, from where --out stopped; evaluates, writes."""
-    name = (
-        f"drqbc-{about['env']}-{about['aug_label']}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    )
+def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
+    """Trains until --train-steps updates are done, going on where --out stopped, evaluates and
+    writes. A call of update() does so many updates; its losses are sums over the agents."""
+    script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    name = f"{script}-{args.env}-{about['aug_label']}-{args.seed}-{now}"
     out = Path(args.out or "runs/" + re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[-200:])
-    optimizers, step, evals, path = make_optimizers(agent, args), 0, [], out / "checkpoint.pt"
+    step, evals, path = 0, [], out / "checkpoint.pt"
     since = stamp(path)
     if since:
         checkpoint = load_checkpoint(path, args)
-        agent.load_state_dict(checkpoint["agents"])
+        agents.load_state_dict(checkpoint["agents"])
         for key, optimizer in optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][key])
         step, evals = checkpoint["step"], checkpoint["evals"]
         print(f"{out} is at update {step} of {args.train_steps}, with these flags")
     versions = {package.__name__: package.__version__ for package in (torch, np, gym, minari)}
-    config = {"script": "drqbc", **asdict(args), **about, "num_seeds": 1, "versions": versions}
+    config = {"script": script, **asdict(args), **about, "versions": versions}
     if args.track:
         import wandb
 
@@ -502,21 +498,24 @@ def train_agent(args, about, agent, draw_batch, env):
         out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed + step)
-    train = partial(update, agent, optimizers, draw_batch)
+    train = partial(update, agents, optimizers, draw_batch)
     train = record(train) if args.device == "cuda" else train
-    progress = tqdm(range(step + 1, args.train_steps + 1), unit="update")
+    steps = range(step + updates, args.train_steps + updates, updates)
+    progress = tqdm(steps, unit="update", unit_scale=updates)
     for step in progress:
         losses = train()
-        is_due = args.eval_every and step % args.eval_every == 0
+        is_due = args.eval_every and step % args.eval_every < updates
         if not is_due and step < args.train_steps:
             continue
-        log = {key: loss.item() for key, loss in losses.items()}
+        log = {key: loss.item() / args.num_seeds for key, loss in losses.items()}
         finite = np.isfinite([*log.values()]).all()
         require(finite, f"update {step}: {log}; {out} stays as it is; try a lower --lr")
-        if env:
-            log["return"] = evaluate_policy(agent, env, args)
-            evals += [[step, 0, log["return"], log["return"] / 10]]
-        state = {"args": asdict(args), "step": step, "evals": evals, "agents": agent.state_dict()}
+        if envs is not None:
+            returns, (low, high) = evaluate(agents, envs, args), about["reference_returns"]
+            scores = 100 * (returns - low) / (high - low)
+            evals += [[step, i, returns[i].item(), x.item()] for i, x in enumerate(scores)]
+            log |= {"score": scores.mean(), "deviation": scores.std()}
+        state = {"args": asdict(args), "step": step, "evals": evals, "agents": agents.state_dict()}
         state["optimizers"] = {key: own.state_dict() for key, own in optimizers.items()}
         rows = [",".join(map(str, row)) for row in [("update", "agent", "return", "score"), *evals]]
         texts = {"evals.csv": "\n".join(rows) + "\n", "config.json": json.dumps(config, indent=2)}
@@ -525,9 +524,11 @@ def train_agent(args, about, agent, draw_batch, env):
         if args.track:
             wandb.log(log, step=step)
         torch.manual_seed(args.seed + step)  # a run that goes on from here draws the same
-    result = f"{evals[-1][3]:.1f}" if evals else "not evaluated"
-    algorithm = "drqbc" if about["aug_label"] == "none" else f"drqbc + {about['aug_label']}"
-    print(f"wrote {out}\n{about['env']} | {algorithm} | {result} over 1 seed")
+    scores = np.array([row[3] for row in evals[-args.num_seeds :]])
+    result = f"{scores.mean():.1f} +- {scores.std():.1f}" if evals else "not evaluated"
+    algorithm = script if about["aug_label"] == "none" else f"{script} + {about['aug_label']}"
+    seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
+    print(f"wrote {out}\n{args.env} | {algorithm} | {result} over {seeds}")
 
 
 def main(args):
@@ -541,18 +542,18 @@ def main(args):
     args.train_steps = args.train_steps or (300_000 if args.finetune else 550_000)
     torch.manual_seed(args.seed)
     if args.finetune:
-        checkpoint, agent = load_agent(args.finetune, args)
-        old = checkpoint["args"]
-        args.n_step, args.task, about = 1, old["task"], {"env": old["data"]}
-        draw_batch = draw_latents(agent, args.task, args, about)
+        old, agent = load_agent(args.finetune, args)
+        args.n_step, args.task, args.env = 1, old["task"], old["data"]
+        draw_batch, label = draw_latents(agent, args.task, args)
     else:
         named = re.search("walker_walk|cheetah_run|humanoid_walk", args.data)
         require(args.task or named, f"--data {args.data} names no task; give --task walker_walk")
-        args.task, about = args.task or named[0], {"env": args.data, "aug_label": "none"}
+        args.task, args.env, label = args.task or named[0], args.data, "none"
         draw_batch, act_dim = draw_images(read_frames(args.data), args)
         agent = DrQBC(args, act_dim).to(args.device)
+    about = {"aug_label": label, "reference_returns": (0.0, 1000.0)}
     env = make_env(args.task, agent) if args.eval_every and args.eval_episodes else None
-    train_agent(args, about, agent, draw_batch, env)
+    run(args, about, agent, make_optimizers(agent, args), draw_batch, env)
 
 
 if __name__ == "__main__":

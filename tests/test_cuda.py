@@ -63,8 +63,8 @@ def test_a_recorded_update_on_images_and_on_latents_is_the_eager_one():
                 s_now, s_next = s if images else map(agent.latents, s)
             batch = s_now, a, r, discount, s_next
             optimizers = drqbc.make_optimizers(agent, args)
-            step = partial(drqbc.update, agent, optimizers, lambda batch=batch: batch)
-            step = recorder(step)
+            draw_batch = partial(tuple, batch)
+            step = recorder(partial(drqbc.update, agent, optimizers, draw_batch))
             for _ in range(20):
                 step()
             weights.append(agent.state_dict())

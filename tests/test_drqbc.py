@@ -170,11 +170,8 @@ def test_one_update_is_a_plain_rewrites(float64):
     with torch.no_grad():  # not the initial ones, whose biases are 0 and whose targets are equal
         for p in agent.parameters():
             p.add_(0.05 * torch.randn_like(p) / p.shape[-1] ** 0.5)
-    batch = (
-        *(torch.randint(0, 256, (3, 9, 84, 84), dtype=torch.uint8), torch.rand(3, 2) * 2 - 1),
-        *(torch.rand(3), 0.97 * torch.ones(3)),
-        torch.randint(0, 256, (3, 9, 84, 84), dtype=torch.uint8),
-    )
+    s, s_next = torch.randint(0, 256, (2, 3, 9, 84, 84), dtype=torch.uint8)
+    batch = s, torch.rand(3, 2) * 2 - 1, torch.rand(3), 0.97 * torch.ones(3), s_next
     before = {key: p.detach().clone() for key, p in agent.named_parameters()}
     torch.manual_seed(1)
     D.update(agent, D.make_optimizers(agent, args), lambda: batch)
@@ -242,7 +239,7 @@ def test_an_evaluation_sees_the_states_of_the_dataset_and_its_rewards(walker, vd
             return next(actions)[None]
 
     args = D.Args(eval_episodes=1, seed=0, device="cpu")  # the seed of the recording
-    total = D.evaluate_policy(Recorded(), walker, args)
+    (total,) = D.evaluate(Recorded(), walker, args)
     assert total == pytest.approx(data["reward"][:21].sum().item(), rel=1e-3)
     rows = D.stack(torch.arange(20), torch.zeros(20, dtype=torch.long))
     assert torch.equal(torch.cat(seen), data["observation"][rows].flatten(1, 2))
@@ -262,13 +259,13 @@ def test_images_latents_generated_latents_and_fine_tuning(vd4rl, walker, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(D, "make_env", lambda *x: walker)
     D.main(D.Args(**TINY, data=str(vd4rl), out="runs/a"))
-    evaluate, calls = D.evaluate_policy, []
+    evaluate, calls = D.evaluate, []
     monkeypatch.setattr(
-        D, "evaluate_policy", lambda *x: calls.append(1) or evaluate(*x) / (len(calls) < 2)
+        D, "evaluate", lambda *x: calls.append(1) or evaluate(*x) * (1 // (len(calls) < 2))
     )
     with pytest.raises(ZeroDivisionError):  # dies at update 4, after the checkpoint of update 2
         D.main(D.Args(**TINY, data=str(vd4rl), out="runs/b"))
-    monkeypatch.setattr(D, "evaluate_policy", evaluate)
+    monkeypatch.setattr(D, "evaluate", evaluate)
     assert torch.load("runs/b/checkpoint.pt", weights_only=True)["step"] == 2
     D.main(D.Args(**TINY, data=str(vd4rl), out="runs/b"))
     a, b = (torch.load(f"runs/{x}/checkpoint.pt", weights_only=True) for x in "ab")
@@ -297,7 +294,7 @@ def test_images_latents_generated_latents_and_fine_tuning(vd4rl, walker, tmp_pat
     with np.load("buffer.npz") as file:
         for z, *rest in zip(*(file[key] for key in ("observations", "actions", "rewards"))):
             expected += zip(z, *rest, z[1:])
-    own_batch = D.draw_latents(agent, "walker_walk", args, {})()
+    own_batch = D.draw_latents(agent, "walker_walk", args)[0]()
     drawn = [np.concatenate([np.ravel(x) for x in row]) for row in zip(*own_batch)]
     rows = [np.concatenate([z, a, [r, 0.99], z_next]) for z, a, r, z_next in expected]
     assert len(rows) == 60 + 280 and {x.tobytes() for x in drawn} == {
@@ -316,6 +313,7 @@ def test_images_latents_generated_latents_and_fine_tuning(vd4rl, walker, tmp_pat
     with np.load("buffer.npz") as file:
         metadata = json.loads(str(file["metadata"])) | {"dataset_ids": ["other-latents"]}
         np.savez("other.npz", **{**file, "metadata": json.dumps(metadata)})
+    D.main(D.Args(**{**TINY, "train_steps": 2, "seed": 1}, data=str(vd4rl), out="runs/d"))
     for changes, message in (
         ({"finetune": "runs/d"}, "not this run's walker-walk-latents-"),
         ({"finetune": "runs/c"}, "was fine-tuned; give the run on images"),
@@ -325,7 +323,5 @@ def test_images_latents_generated_latents_and_fine_tuning(vd4rl, walker, tmp_pat
             "other.npz: of .'other-latents.., not of latents, walker-walk-latents-",
         ),
     ):
-        if changes.get("finetune") == "runs/d":
-            D.main(D.Args(**{**TINY, "train_steps": 2, "seed": 1}, data=str(vd4rl), out="runs/d"))
         with pytest.raises(SystemExit, match=message):
             D.main(D.Args(**{**own, **changes, "out": "runs/e"}))
