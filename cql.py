@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch", "numpy", "gymnasium[mujoco]", "minari[hdf5,hf]", "tyro", "tqdm", "wandb"]
+# dependencies = ["torch>=2.5", "numpy>=2", "gymnasium[mujoco]>=1", "mujoco<3.12",
+#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """CQL (Kumar et al., 2020) on an offline dataset, alone or with generated trajectories.
 
@@ -12,15 +13,18 @@ With the --out of a run that was killed, the same command goes on where that run
 """
 
 import copy
+import importlib
 import json
 import math
 import os
 import re
 import sys
-from contextlib import contextmanager
+import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,16 +40,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +.
-    # Default: what --aug was made from, else the bundled dataset
-    env: str | None = None
-    aug: str | None = None  # buffer.npz to train on, too
-    aug_only: bool = False  # train on the buffer alone
-    # S4RL baseline: standard deviation of noise on standardised states (GTA, C.1: 3e-4)
-    s4rl_sigma: float = 0.0
-    train_steps: int = 1_000_000  # updates (GTA, C.3)
-    batch_size: int = 1024  # transitions in a batch (GTA, C.3)
-    num_seeds: int = 1  # independent agents, trained at once
+    # --- CQL ---
     lr: float = 3e-4  # learning rate of Adam: critics and Lagrange multiplier
     # learning rate of Adam: actor and temperature. Default: 1e-4 in AntMaze and Adroit, else 3e-5
     actor_lr: float | None = None
@@ -56,7 +51,7 @@ class Args:
     # sampled actions, each of a uniform distribution, pi(s) and pi(s'), for log sum exp Q
     num_actions: int = 10
     # >= 0: a Lagrange multiplier keeps log sum exp Q - Q(s, a) at this value (eq. 30). < 0: the
-    # weight is fixed. Default: 5 in maze2d, 0.8 in AntMaze, else -1
+    # weight is fixed. Default: 5 in mazes, 0.8 in AntMaze, else -1
     target_gap: float | None = None
     # the target takes the best of --num-actions next actions, not one. Default: in AntMaze
     max_target_backup: bool | None = None
@@ -66,10 +61,23 @@ class Args:
     # training sees reward_scale * reward + reward_bias. Default: 10 in AntMaze, else 1
     reward_scale: float | None = None
     reward_bias: float | None = None  # see --reward-scale. Default: -5 in AntMaze, else 0
-    # updates between evaluations, each of which writes a checkpoint; 0: none, write at the end
-    eval_every: int = 50_000
-    # episodes of an evaluation. Default: 10 in locomotion, else 100 (GTA, C.3)
+    # --- data ---
+    # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +.
+    # Default: what --aug was made from, else the bundled dataset
+    env: str | None = None
+    aug: str | None = None  # buffer.npz to train on, too
+    aug_only: bool = False  # train on the buffer alone
+    # S4RL baseline: standard deviation of noise on standardised states (GTA, C.1: 3e-4)
+    s4rl_sigma: float = 0.0
+    # --- run ---
+    train_steps: int = 1_000_000  # updates (GTA, C.3)
+    batch_size: int = 1024  # transitions in a batch (GTA, C.3)
+    num_seeds: int = 1  # independent agents, trained at once
+    eval_every: int = 50_000  # updates between evaluations, each of which writes a checkpoint
+    # episodes of an evaluation; 0: none, and no environment. Default: 10 in locomotion, else 100
+    # (GTA, C.3)
     eval_episodes: int | None = None
+    env_package: str | None = None  # module to import that registers your own environment
     # folder to write, or to go on with. Default: runs/cql-<env>-<augmentation>-<seed>-<time>
     out: str | None = None
     seed: int = 0  # seed of weights, batches, noise and evaluation episodes
@@ -78,184 +86,17 @@ class Args:
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_ENTITY say where
 
 
-BY_DOMAIN = {  # by a word in the environment's id, from CORL (AntMaze there: raw states)
-    "actor_lr": {"AntMaze": 1e-4, "Adroit": 1e-4, "": 3e-5},
-    "cql_alpha": {"AntMaze": 5.0, "Adroit": 1.0, "": 10.0},
-    "target_gap": {"AntMaze": 0.8, "Maze": 5.0, "": -1.0},
-    "max_target_backup": {"AntMaze": True, "": False},
-    "min_gap": {"AntMaze": -200.0, "": None},
-    "critic_layers": {"AntMaze": 5, "": 3},
-    "reward_scale": {"AntMaze": 10.0, "": 1.0},
-    "reward_bias": {"AntMaze": -5.0, "": 0.0},
+BY_DOMAIN = {  # what a flag is if it is not given (CORL, in AntMaze on raw states; episodes: GTA)
+    "actor_lr": {"antmaze": 1e-4, "adroit": 1e-4, "else": 3e-5},
+    "cql_alpha": {"antmaze": 5.0, "adroit": 1.0, "else": 10.0},
+    "target_gap": {"antmaze": 0.8, "maze": 5.0, "else": -1.0},
+    "max_target_backup": {"antmaze": True, "else": False},
+    "min_gap": {"antmaze": -200.0, "else": None},
+    "critic_layers": {"antmaze": 5, "else": 3},
+    "reward_scale": {"antmaze": 10.0, "else": 1.0},
+    "reward_bias": {"antmaze": -5.0, "else": 0.0},
+    "eval_episodes": {"locomotion": 10, "else": 100},
 }
-
-
-def fill_in_by_domain(args, name):
-    """Sets the flags that were left at None: the first word that is in the name decides."""
-    for key, values in BY_DOMAIN.items():
-        if getattr(args, key) is None:
-            setattr(args, key, next(x for word, x in values.items() if word in name))
-
-
-def require(condition, message):
-    """Ends the program with one line and exit code 1 unless the condition holds."""
-    if not condition:
-        sys.exit("error: " + " ".join(message.split()))
-
-
-@contextmanager
-def blame(message):
-    """Turns an exception into one line: what is run inside fails by the user's data or machine."""
-    try:
-        yield
-    except Exception as error:
-        require(False, f"{message} ({error})")
-
-
-# --- data ---
-
-DEFAULT_ENV = "data/halfcheetah-medium-sample"
-SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
-    r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
-    r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
-    r"(pen|door|hammer|relocate|kitchen)-([a-z]+)": r"D4RL/\1/\2-v2",
-    r"([a-z0-9]+)-(simple|medium|expert)": r"mujoco/\1/\2-v0",
-    r"([a-z0-9]+)-medium-expert": r"mujoco/\1/medium-v0+mujoco/\1/expert-v0",
-}
-
-
-class Episode(NamedTuple):
-    observations: np.ndarray  # [T + 1, obs_dim]
-    actions: np.ndarray  # [T, act_dim]
-    rewards: np.ndarray  # [T]
-    terminations: np.ndarray  # [T] whether the environment terminated; a truncation does not count
-
-
-def open_datasets(env):
-    """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here, parts = Path(__file__).resolve().parent, env.split("+")
-    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
-        name = "+".join(parts[:n])
-        folders = [place / name / "data" for place in (Path(), here, here.parent)]
-        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
-            break
-    for pattern, ids in SHORT_NAMES.items():
-        name = name if folder else re.sub(f"^{pattern}$", ids, name)
-    first, *rest = [name] if folder else name.split("+")
-    if rest := [*rest, *parts[n:]]:
-        return open_datasets(first) + open_datasets("+".join(rest))
-    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
-
-
-def env_id(dataset):
-    """Returns the Gymnasium id of the environment that was recorded, "" if none is named."""
-    return getattr(dataset.env_spec, "id", "")
-
-
-def load_episodes(datasets):
-    """Returns all episodes, their observations as gymnasium.spaces.utils.flatten makes them."""
-    episodes, first = [], datasets[0]
-    for dataset in datasets:
-        space, box = dataset.observation_space, dataset.action_space
-        image = r"\(\d+, \d+, \d+|\(\d+, \d+\), uint8"  # wherever it is nested
-        fits = space.is_np_flattenable and not re.search(image, str(space))
-        require(fits, f"{dataset.id}: observations must be vectors of numbers, not {space}")
-        fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
-        require(fits, f"{dataset.id}: actions must be a vector of real numbers, not {box}")
-        fits = (env_id(dataset), box) == (env_id(first), first.action_space)
-        require(fits, f"{dataset.id}: another environment, or other actions, than {first.id}")
-        with blame(f"{dataset.id} cannot be read"):
-            raw = list(dataset.iterate_episodes())
-        for e in raw:
-            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
-                s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
-            shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
-            for key, x, shape in zip(Episode._fields, arrays, shapes):
-                name = f"{dataset.id}: {key} of episode {e.id}"
-                fits = len(x) == shape[0] and x.size == math.prod(shape)
-                require(fits, f"{name} have the shape {x.shape}, not {shape}")
-                fits = (np.abs(x) < np.finfo(np.float32).max).all()
-                require(fits, f"{name} hold NaN, or numbers too large for float32")
-            episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
-    names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
-    print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
-    sizes = {e.observations.shape[1] for e in episodes}
-    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
-    return episodes
-
-
-def read_buffer(path):
-    """Returns the arrays of buffer.npz, which the README lists, and its metadata."""
-    with blame(f"--aug {path}: no buffer of gta_augment.py"):
-        with np.load(path, allow_pickle=False) as file:
-            buffer = dict(file)
-        metadata = json.loads(str(buffer.pop("metadata")))
-        kind = metadata["format"], metadata["format_version"]
-        finite = all(np.isfinite(x).all() for x in buffer.values())
-        buffer["terminals"] = buffer["terminals"].astype(bool)
-    require(kind == ("gta-buffer", 1), f"--aug {path}: {kind}, not version 1 of gta-buffer")
-    require(finite, f"--aug {path} holds NaN or infinite numbers")
-    return buffer, metadata
-
-
-def load_data(args):
-    """Returns the datasets, their episodes, those to train on (a buffer's windows are episodes,
-    too, and come last), and what to call the data. Fills in args.env."""
-    require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
-    buffer, metadata = read_buffer(args.aug) if args.aug else (None, {})
-    args.env = args.env or metadata.get("env", DEFAULT_ENV)
-    datasets = open_datasets(args.env)
-    real, generated = load_episodes(datasets), []
-    labels = [f"s4rl({args.s4rl_sigma})"] if args.s4rl_sigma else []
-    about = {"env_id": env_id(datasets[0]), "dataset_ids": [dataset.id for dataset in datasets]}
-    if args.aug:
-        with blame(f"--aug {args.aug} lacks a part of a buffer"):
-            made_from, (N, H) = metadata["dataset_ids"], buffer["rewards"].shape
-            label = (metadata.get("label") or metadata["method"]) + " only" * args.aug_only
-            columns = [buffer[key] for key in ("observations", "actions", "rewards", "terminals")]
-        fits = made_from == about["dataset_ids"]
-        require(fits, f"--aug {args.aug} was made from {made_from}, not from --env {args.env}")
-        obs_dim, act_dim = real[0].observations.shape[1], real[0].actions.shape[1]
-        shapes = [(N, H + 1, obs_dim), (N, H, act_dim), (N, H), (N, H)]
-        own = [x.shape for x in columns]
-        require(own == shapes, f"--aug {args.aug} holds arrays of {own}, not {shapes}")
-        generated, labels = [Episode(*window) for window in zip(*columns)], [label, *labels]
-    about["aug_label"] = " + ".join(labels) or "none"
-    return datasets, real, generated if args.aug_only else real + generated, about
-
-
-def make_scale(s, box, eps=1e-3):
-    """Returns what standardises states s [N, obs_dim] and maps [-1, 1] to the box of actions."""
-    low, high = torch.from_numpy(np.float64([box.low, box.high]))
-    require((high - low < 1e30).all(), f"the actions have no bounds, {box}")
-    mean, std = s.double().mean(0), s.double().std(0, correction=0) + eps
-    return {"mean": mean, "std": std, "center": (high + low) / 2, "radius": (high - low) / 2}
-
-
-def pack_transitions(episodes, action_space, args):
-    """Returns a function that draws s, a, r, s', terminal, all [S, B, ...], and their scale."""
-    columns = zip(*((e.observations[:-1], *e[1:], e.observations[1:]) for e in episodes))
-    s, a, r, terminal, s_next = (torch.from_numpy(np.concatenate(x)) for x in columns)
-    scale = make_scale(s, action_space)
-    s, s_next = ((x - scale["mean"]) / scale["std"] for x in (s, s_next))
-    width = scale["radius"].where(scale["radius"] > 0, 1.0)  # an action of no width is 0
-    a = (a - scale["center"]) / width
-    columns = [s, a, r[:, None], s_next, terminal[:, None]]
-    rows = torch.cat([x.float() for x in columns], dim=1).to(args.device)
-    widths = [x.shape[1] for x in columns]
-
-    def draw_batch():  # one gather
-        index = torch.randint(len(rows), (args.num_seeds, args.batch_size), device=args.device)
-        s, a, r, s_next, terminal = rows[index].split(widths, dim=-1)
-        if args.s4rl_sigma:
-            s, s_next = (x + args.s4rl_sigma * torch.randn_like(x) for x in (s, s_next))
-        return s, a, r.squeeze(-1), s_next, terminal.squeeze(-1)
-
-    return draw_batch, scale
 
 
 # --- networks: all agents in one. Weights and activations are [S, ...], S = --num-seeds ---
@@ -275,11 +116,11 @@ class Linear(nn.Module):
 
 
 def mlp(S, *dims, dropout=0.0):
-    """Linear layers with ReLU, and dropout if there is any, between them."""
-    layers = []
-    for d_in, d_out in zip(dims, dims[1:]):
-        layers += [Linear(S, d_in, d_out), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-    return nn.Sequential(*layers[:-2])
+    """Linear layers; ReLU and dropout (0: none) between them."""
+    layers = [Linear(S, dims[0], dims[1])]
+    for d_in, d_out in zip(dims[1:], dims[2:]):
+        layers += [nn.ReLU(inplace=True), nn.Dropout(dropout), Linear(S, d_in, d_out)]
+    return nn.Sequential(*layers)
 
 
 class TwinCritic(nn.Module):
@@ -320,6 +161,29 @@ class CQLActor(nn.Module):
         return mean, log_std.clamp(-20.0, 2.0)
 
 
+class Scale(nn.Module):
+    """Standardises states, and maps actions between the environment's box and [-1, 1]."""
+
+    def __init__(self, mean, std, low, high):
+        super().__init__()
+        self.mean = nn.Buffer(mean)  # [obs_dim]
+        self.std = nn.Buffer(std)
+        self.low = nn.Buffer(low)  # [act_dim]
+        self.high = nn.Buffer(high)
+
+    def states(self, s):
+        return (s.float() - self.mean) / self.std
+
+    def actions(self, a):
+        width = torch.where(
+            self.high > self.low, self.high - self.low, 2.0
+        )  # any; 2 a - high - low is 0
+        return (2 * a - self.high - self.low) / width
+
+    def env_actions(self, a):
+        return (self.high + self.low) / 2 + (self.high - self.low) / 2 * a
+
+
 # --- CQL ---
 
 
@@ -340,7 +204,8 @@ def repeat(x, n):
 
 def q_of_several(critic, s, a):
     """Q_1 and Q_2 of n actions a [S, B, n, act_dim] in every state. -> [2, S, B, n]"""
-    q, (S, B, n, _) = [], a.shape
+    S, B, n, _ = a.shape
+    q = []
     pieces = 1 if a.is_cuda else 2 * S  # which a CPU's cache holds
     for s_i, a_i in zip(s.chunk(pieces, dim=1), a.chunk(pieces, dim=1)):
         q.append(critic(repeat(s_i, n).flatten(1, 2), a_i.flatten(1, 2)))
@@ -352,9 +217,9 @@ class CQL(nn.Module):
 
     def __init__(self, args, scale):
         super().__init__()
-        self.args, obs_dim, act_dim = args, len(scale["mean"]), len(scale["radius"])
-        for key, x in scale.items():
-            self.register_buffer(key, x)
+        self.args = args
+        self.scale = scale
+        obs_dim, act_dim = len(scale.mean), len(scale.low)
         self.actor = CQLActor(args.num_seeds, obs_dim, act_dim)
         self.critic = TwinCritic(args.num_seeds, obs_dim, act_dim, [256] * args.critic_layers)
         orthogonal_init(self.critic.net)
@@ -362,9 +227,11 @@ class CQL(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(args.num_seeds))  # of SAC's entropy
         self.log_alpha_prime = nn.Parameter(torch.ones(args.num_seeds))  # of the gap (eq. 30)
 
-    def act(self, s):
-        """The actions to take. [S, K, obs_dim] standardised -> [S, K, act_dim] in [-1, 1]"""
-        return torch.tanh(self.actor(s)[0])
+    def act(self, observations):
+        """Actions of the policy, without noise, in the environment's units as the observations are.
+        [S, K, obs_dim] -> [S, K, act_dim]"""
+        mean, _ = self.actor(self.scale.states(observations))
+        return self.scale.env_actions(torch.tanh(mean))
 
     def actor_loss(self, s):
         """alpha log pi(a | s) - min Q(s, a) (SAC, eq. 7), and the loss that moves alpha until the
@@ -407,7 +274,9 @@ class CQL(nn.Module):
         q = q_of_several(self.critic, s, torch.cat([a.unsqueeze(2), sampled], dim=2))
         td_loss = (q[..., 0] - target).square().mean(-1).sum(0)  # [S]
         gap = torch.logsumexp(q[..., 1:] - log_density, dim=-1) - q[..., 0]  # [2, S, B]
-        gap = (gap if args.min_gap is None else gap.clamp(min=args.min_gap)).mean(-1)
+        if args.min_gap is not None:
+            gap = gap.clamp(min=args.min_gap)
+        gap = gap.mean(-1)
         if args.target_gap < 0:
             return (td_loss + args.cql_alpha * gap.sum(0)).sum(), torch.zeros_like(td_loss).sum()
         alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
@@ -441,17 +310,285 @@ def update(agents, optimizers, draw_batch):
     return {"actor_loss": actor_loss, "critic_loss": critic_loss}
 
 
-def record(function):
-    """Returns function as one launch of the GPU: a CUDA graph of it. Calls it three times before,
-    as capture needs: updates that --train-steps does not count."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    with torch.cuda.graph(graph):  # waits for them
-        outputs = function()
-    return lambda: (graph.replay(), outputs)[1]
+# --- what the user gives ---
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit("error: " + " ".join(message.split()))
+
+
+@contextmanager
+def or_exit(message):
+    """Ends the program with one line if what is inside fails by the user's data or machine."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({error})")
+
+
+MAY_BE_NEGATIVE = (
+    "reward_bias",
+    "min_gap",
+    "target_gap",
+    "target_return",
+    "source_min_return",
+    "p_mean",
+)
+MAY_BE_ZERO = ("seed", "eval_episodes", "warmup_steps", "reweight_bins")  # of the integers
+
+
+def check_flags(args):
+    """Ends the program if a flag is an empty text, NaN, a negative number, or a size of 0."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        require(value != "", f"{flag} is empty")
+        require(value == value, f"{flag} is not a number")
+        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
+            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+            require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+
+
+# --- data ---
+
+DEFAULT_ENV = "data/halfcheetah-medium-sample"
+SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
+    r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
+    r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
+    r"(pen|door|hammer|relocate|kitchen)-([a-z]+)": r"D4RL/\1/\2-v2",
+    r"([a-z0-9]+)-(simple|medium|expert)": r"mujoco/\1/\2-v0",
+    r"([a-z0-9]+)-medium-expert": r"mujoco/\1/medium-v0+mujoco/\1/expert-v0",
+}
+DOMAINS = {  # by environment: Gymnasium's id or D4RL's name. The others are locomotion
+    r"ant-?maze": "antmaze",
+    r"maze": "maze",
+    r"adroit|\b(pen|door|hammer|relocate)-": "adroit",
+    r"kitchen": "kitchen",
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T], float64: a sum of float16 overflows
+    terminals: np.ndarray  # [T] whether the environment terminated; a truncation is no terminal
+
+
+class Buffer(NamedTuple):
+    """What buffer.npz holds: N windows of H transitions, and where they come from."""
+
+    metadata: dict
+    observations: np.ndarray  # [N, H + 1, obs_dim]
+    actions: np.ndarray  # [N, H, act_dim]
+    rewards: np.ndarray  # [N, H]
+    terminals: np.ndarray  # [N, H]
+    episode: np.ndarray | None = None  # [N] source episode; a buffer of your own has no source
+    timestep: np.ndarray | None = None  # [N] the window's first step in it
+    return_to_go: np.ndarray | None = None  # [N] of the source from that step on, undiscounted
+    condition: np.ndarray | None = None  # [N] the return that was asked for
+
+
+class Transitions(NamedTuple):
+    s: np.ndarray  # [N, obs_dim]
+    a: np.ndarray  # [N, act_dim]
+    r: np.ndarray  # [N]
+    s_next: np.ndarray  # [N, obs_dim]
+    terminal: np.ndarray  # [N]
+
+
+def find_folder(name):
+    """Returns the folder of a Minari dataset of that name, here or beside this script, or None."""
+    here = Path(__file__).resolve().parent
+    for folder in (Path(name), here / name, here.parent / name):
+        if (folder / "data" / "metadata.json").is_file():
+            return folder / "data"
+
+
+def open_dataset(name):
+    """Opens a Minari dataset: a folder, or an id in Minari's cache, else on its hub."""
+    folder = find_folder(name)
+    with or_exit(f"--env {name} cannot be opened"):
+        if folder:
+            return minari.MinariDataset(folder)
+        require(name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+        is_id = re.fullmatch(r"[\w/-]+-v\d+", name)
+        require(is_id, f"--env {name}: no folder of a Minari dataset, no short name, no Minari id")
+        return minari.load_dataset(name, download=True)
+
+
+def open_datasets(env):
+    """Returns the datasets that --env names: one, or several of the same robot joined by +."""
+    names = []
+    parts = [env] if find_folder(env) else env.split("+")
+    for name in parts:
+        for pattern, minari_ids in SHORT_NAMES.items():
+            name = re.sub(f"^{pattern}$", minari_ids, name)
+        names += [name] if find_folder(name) else name.split("+")  # hopper-medium-expert: two
+    datasets = [open_dataset(name) for name in names]
+    first = datasets[0]
+    box = first.action_space
+    is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
+    require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
+    for other in datasets[1:]:
+        same = env_id(other) == env_id(first) and other.action_space == box
+        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    return datasets
+
+
+def env_id(dataset):
+    """Returns the Gymnasium id of the environment that was recorded, "" if none is named."""
+    return getattr(dataset.env_spec, "id", "")
+
+
+def find_domain(dataset):
+    """Returns what kind of task a dataset is of: antmaze, maze, adroit, kitchen or locomotion."""
+    for pattern, domain in DOMAINS.items():
+        if re.search(pattern, env_id(dataset) or dataset.id, re.IGNORECASE):
+            return domain
+    return "locomotion"
+
+
+def load_episodes(datasets):
+    """Returns all episodes, observations flattened as Gymnasium does. One ends at its terminal."""
+    episodes = []
+    num_left_out = 0
+    for dataset in datasets:
+        space = dataset.observation_space
+        with or_exit(f"{dataset.id} cannot be read, or its observations are no {space}"):
+            for record in dataset.iterate_episodes():
+                states = iterate(batch_space(space), record.observations)  # one by one
+                s = np.stack([gym.spaces.flatten(space, state) for state in states])
+                a = record.actions.reshape(len(record.actions), -1)
+                r = record.rewards.reshape(-1).astype(np.float64)
+                terminals = record.terminations.astype(bool)
+                T = terminals.argmax() + 1 if terminals.any() else len(r)
+                num_left_out += len(r) - T
+                episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
+    name = " + ".join(dataset.id for dataset in datasets)
+    require(episodes, f"{name} holds no episodes")
+    for i, e in enumerate(episodes):
+        T = len(e.rewards)
+        fits = len(e.observations) == T + 1
+        fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
+        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
+    num_transitions = sum(len(e.rewards) for e in episodes)
+    print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
+    if num_left_out:
+        print(f"left out: {num_left_out} transitions that follow a terminal within their episode")
+    return episodes
+
+
+def read_buffer(path):
+    """Returns the buffer at path, of gta_augment.py or a program of your own."""
+    with or_exit(f"--aug {path}: no buffer of gta_augment.py"):
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in Buffer._fields if key in file}
+        metadata = json.loads(str(arrays.pop("metadata")))
+        buffer = Buffer(metadata, **arrays)
+        found = (metadata["format"], metadata["format_version"])
+    require(found == ("gta-buffer", 1), f"--aug {path}: {found}, not version 1 of gta-buffer")
+    finite = all(np.isfinite(x).all() for x in arrays.values())
+    require(finite, f"--aug {path} holds NaN or infinite numbers")
+    return buffer
+
+
+def checksum(arrays):
+    """Returns a CRC of what the arrays hold: an input is that, not the name of its file."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
+
+
+def identify(args, datasets, episodes, buffer):
+    """Returns what tells these data from others, for config.json. Ends the program if the buffer
+    was made from other data."""
+    inputs = {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+    labels = []
+    if buffer:
+        for key in ("dataset_ids", "dataset_crc"):
+            found = buffer.metadata.get(key, inputs[key])  # a buffer of your own may lack it
+            same = found == inputs[key]
+            require(same, f"--aug {args.aug} was made from {key} {found}, not from {inputs[key]}")
+        inputs["buffer_crc"] = checksum(x for x in buffer[1:] if x is not None)
+        label = buffer.metadata.get("label", buffer.metadata["method"])
+        labels.append(f"{label} only" if args.aug_only else label)
+    if args.s4rl_sigma:
+        labels.append(f"s4rl({args.s4rl_sigma})")
+    inputs["aug_label"] = " + ".join(labels) or "none"
+    return inputs
+
+
+def fill_in_by_domain(args, domain):
+    """Sets the flags that were not given to what they are in this domain."""
+    for name, values in BY_DOMAIN.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values.get(domain, values["else"]))
+
+
+def make_transitions(episodes, buffer, aug_only=False):
+    """Returns the transitions of the episodes, unless the buffer's alone are wanted, and those of
+    the buffer's windows."""
+    parts = []  # of views: windows [N, H, ...], an episode is one
+    for s, a, r, terminal in episodes:
+        parts.append(Transitions(s[None, :-1], a[None], r[None], s[None, 1:], terminal[None]))
+    if buffer:
+        s = buffer.observations
+        parts.append(
+            Transitions(s[:, :-1], buffer.actions, buffer.rewards, s[:, 1:], buffer.terminals)
+        )
+    num_dropped = 0
+    if aug_only:  # the episodes were only there for the check of sizes
+        num_dropped = sum(len(episode.rewards) for episode in episodes)
+    fields = []
+    with or_exit("states or actions of the datasets, or of --aug, differ in size"):
+        for windows in zip(*parts):
+            flat = [x.reshape(-1, *x.shape[2:]) for x in windows]
+            fields.append(np.concatenate(flat, dtype=np.float32)[num_dropped:])
+    lengths = {len(field) for field in fields}
+    require(len(lengths) == 1 and 0 not in lengths, f"arrays of lengths {lengths} do not fit")
+    return Transitions(*fields)
+
+
+def fit_scale(s, box, eps=1e-3):
+    """Returns the scale of the states s [N, obs_dim] and of the box of actions."""
+    bounded = np.isfinite(box.low).all() and np.isfinite(box.high).all()
+    require(bounded, f"the actions have no bounds, {box}")
+    mean = s.mean(0, dtype=np.float64)
+    std = s.std(0, dtype=np.float64) + eps
+    return Scale(*(torch.from_numpy(x).float() for x in (mean, std, box.low, box.high)))
+
+
+def make_sampler(transitions, scale, args):
+    """Returns a function that draws a batch of s, a, r, s', terminal for every agent [S, B, ...].
+
+    The transitions lie on the device as one tensor of rows, so that a batch is one gather.
+    """
+    obs_dim, act_dim = len(scale.mean), len(scale.low)
+    widths = [obs_dim, act_dim, 1, obs_dim, 1]
+    rows = torch.from_numpy(np.column_stack(transitions)).to(args.device)
+    for part in rows.split(100_000):  # in place: there may be millions of rows
+        s, a, _, s_next, _ = part.split(widths, dim=1)
+        s.copy_(scale.states(s))
+        a.copy_(scale.actions(a))
+        s_next.copy_(scale.states(s_next))
+
+    def draw_batch():
+        index = torch.randint(len(rows), (args.num_seeds, args.batch_size), device=args.device)
+        s, a, r, s_next, terminal = rows[index].split(widths, dim=-1)
+        if args.s4rl_sigma:
+            s = s + args.s4rl_sigma * torch.randn_like(s)
+            s_next = s_next + args.s4rl_sigma * torch.randn_like(s_next)
+        return s, a, r.squeeze(-1), s_next, terminal.squeeze(-1)
+
+    return draw_batch
 
 
 # --- evaluation ---
@@ -467,173 +604,303 @@ REFERENCE_RETURNS = {  # of a random and of an expert policy (D4RL), where a dat
     "pointmaze_medium(?!.*dense)": (13.13, 277.39),
     "pointmaze_large(?!.*dense)": (6.7, 273.99),
     "antmaze(?!.*dense)": (0.0, 1.0),
-    "handpen": (96.262799, 3076.8331),
-    "handdoor": (-56.512833, 2880.5693),
-    "handhammer": (-274.856578, 12794.134825),
-    "handrelocate": (-6.425911, 4233.877797),
+    "handpen-": (96.262799, 3076.8331),  # over 100 steps
+    "handdoor-": (-56.512833, 2880.5693),
+    "handhammer-": (-274.856578, 12794.134825),
+    "handrelocate-": (-6.425911, 4233.877797),
     "kitchen": (0.0, 4.0),
 }
+PEN_OF_200_STEPS = (137.93, 8820.51)  # arXiv 2512.03973: Minari has those of 100 (its issue 303)
 
 
-def make_envs(dataset, args, about):
-    """Returns environments, registered here, for up to ten episodes of every agent at once."""
+def reference_returns(name, max_episode_steps, metadata):
+    """Returns the returns that score 0 and 100: the dataset's own, else D4RL's, else 0 and 100."""
+    if "HandPen-" in name and max_episode_steps == 200:
+        return PEN_OF_200_STEPS
+    if "ref_min_score" in metadata and "ref_max_score" in metadata:
+        return metadata["ref_min_score"], metadata["ref_max_score"]
+    for pattern, references in REFERENCE_RETURNS.items():
+        if re.search(pattern, name.lower()):
+            return references
+    return 0.0, 100.0
+
+
+class Benchmark(NamedTuple):
+    envs: gym.vector.VectorEnv  # up to ten episodes of every agent at once
+    low: float  # the return that scores 0
+    high: float  # the return that scores 100
+
+
+def make_benchmark(dataset, args):
+    """Returns the environments that the dataset names, registered here, and its references."""
     metadata = dataset.storage.metadata
     recorded = json.loads(metadata.get("env_spec") or "{}")
     spec = json.loads(metadata.get("eval_env_spec") or "{}") or recorded
-    require(spec, f"{dataset.id} names no environment; --eval-every 0 trains without one")
-    name, kwargs, steps = spec["id"], spec["kwargs"], spec["max_episode_steps"]
-    ours, old = ({"id": x["id"], **x["kwargs"]} for x in (spec, recorded or spec))
-    if other := sorted(key for key in {*ours, *old} if ours.get(key) != old.get(key)):
-        print(f"evaluation: {name}, recorded {old['id']}, with another {', '.join(other)}")
-    if wrappers := [wrapper["name"] for wrapper in spec["additional_wrappers"]]:
-        print(f"evaluation: {name} without the wrappers {', '.join(wrappers)}")
-    if "Kitchen" in name and "ref_max_score" not in metadata:  # D4RL counts a task once
+    require(spec, f"{dataset.id} names no environment; --eval-episodes 0 trains without one")
+    name, kwargs = spec["id"], spec["kwargs"]
+    made = {"id": name, "kwargs": kwargs, "additional_wrappers": []}
+    for key, value in made.items():
+        if value != recorded.get(key, value):
+            print(f"evaluation: {key} {value}, recorded {recorded[key]}")
+    if "kitchen" in name.lower() and "ref_max_score" not in metadata:  # D4RL counts a task once
         kwargs |= {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-    known = [r for key, r in REFERENCE_RETURNS.items() if re.search(key, name.lower())]
-    known += [(0.0, 100.0)]  # then the score is the return
-    own = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    about["reference_returns"] = known[0] if None in own else own
-    if args.eval_episodes is None:
-        args.eval_episodes = 100 if re.search("Maze|Adroit|Kitchen", name) else 10
-    name = name if name in gym.registry else f"gymnasium_robotics:{name}"
-    kwargs |= {"wrappers": [gym.wrappers.FlattenObservation]}
-    kwargs |= {"max_episode_steps": steps and int(steps)}  # Minari has 1000000.0
-    with blame(f"cannot make {name}, MUJOCO_GL={os.getenv('MUJOCO_GL')}; try --eval-every 0"):
-        envs = gym.make_vec(name, args.num_seeds * min(args.eval_episodes, 10), "sync", **kwargs)
-    for kind in ("observation_space", "action_space"):
-        own = gym.spaces.utils.flatten_space(getattr(dataset, kind))
-        other, bounds = getattr(envs, f"single_{kind}"), (own.low, own.high)
-        same = own.shape == other.shape and np.allclose(bounds, (other.low, other.high))
-        require(same, f"the {kind} of {dataset.id} is {own}, that of {name} is {other}")
-    return envs
+    steps = spec["max_episode_steps"] and int(spec["max_episode_steps"])  # Minari has 1000000.0
+    low, high = reference_returns(name, steps, metadata)
+    print(f"evaluation: {name}, a return of {low} scores 0, {high} scores 100")
+    num_envs = args.num_seeds * min(args.eval_episodes, 10)
+    kwargs |= {"max_episode_steps": steps, "wrappers": [gym.wrappers.FlattenObservation]}
+    with or_exit(
+        f"cannot make {name}: mazes, Adroit and Kitchen need gymnasium-robotics, an environment of "
+        "your own --env-package; --eval-episodes 0 trains without one"
+    ):
+        if args.env_package:
+            sys.path.append(os.getcwd())
+            importlib.import_module(args.env_package)
+        elif name not in gym.registry:
+            importlib.import_module("gymnasium_robotics")
+        # a spec, not its name: of "module:name" the module would be imported
+        envs = gym.make_vec(gym.spec(name), num_envs, "sync", **kwargs)
+    spaces = (gym.spaces.flatten_space(dataset.observation_space).shape, dataset.action_space)
+    env_spaces = (envs.single_observation_space.shape, envs.single_action_space)
+    message = f"{dataset.id} has states and actions {spaces}, {name} has {env_spaces}"
+    require(spaces == env_spaces, message)
+    return Benchmark(envs, low, high)
 
 
 @torch.no_grad()
-def evaluate(agents, envs, args):
-    """Returns every agent's mean return [S] of whole episodes, always from the same states."""
+def evaluate(agents, benchmark, args):
+    """Returns every agent's mean return of whole episodes, always from the same states, and its
+    score. [S], [S]"""
     agents.eval()
+    envs, low, high = benchmark
     S, K = args.num_seeds, envs.num_envs // args.num_seeds
-    returns = np.zeros((S, K))
+    total = np.zeros((S, K))
     for first in range(0, args.eval_episodes, K):
         episode = first + np.arange(K)
-        seeds = 1000 * (args.seed + np.arange(S))[:, None] + episode
+        seeds = 1000 * (args.seed + np.arange(S))[:, None] + episode  # [S, K]
         s, _ = envs.reset(seed=seeds.ravel().tolist())
-        alive = np.tile(episode < args.eval_episodes, S)  # [S K]
+        alive = np.tile(episode < args.eval_episodes, (S, 1))  # [S, K]
         while alive.any():
-            s = (torch.from_numpy(s).to(args.device) - agents.mean) / agents.std
-            a = agents.center + agents.radius * agents.act(s.float().view(S, K, -1)).flatten(0, 1)
-            s, r, terminated, truncated, _ = envs.step(a.cpu().numpy())
-            returns += (r * alive).reshape(S, K)
-            alive &= ~(terminated | truncated)
+            s = torch.from_numpy(s).to(args.device).view(S, K, -1)
+            a = agents.act(s).flatten(0, 1).cpu().numpy()
+            s, r, terminated, truncated, _ = envs.step(a)
+            total += alive * r.reshape(S, K)
+            alive &= ~(terminated | truncated).reshape(S, K)
     agents.train()
-    return returns.sum(1) / args.eval_episodes
+    returns = total.sum(1) / args.eval_episodes
+    return returns, 100 * (returns - low) / (high - low)
+
+
+# --- files ---
+
+PACKAGES = ("torch", "numpy", "gymnasium", "minari")
+# what may differ when a run goes on: names of inputs (their checksums count), places
+FREE = (
+    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
+    *("device", "track", "out", "versions"),
+)
+
+
+def require_same(path, old, new, flag="--out"):
+    """Ends the program unless what is at path was made with the same flags from the same inputs."""
+    new = json.loads(json.dumps(new))  # as old, which comes from a file
+    for key, value in new.items():
+        same = key in FREE or old.get(key) == value
+        require(same, f"{path} was made with {key} {old.get(key)}; choose another {flag}")
+
+
+@contextmanager
+def new_file(path):
+    """Gives a name to write to; what is written takes its place at path when it is whole."""
+    path = Path(path).resolve()  # a symbolic link stays one
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # of PyTorch, for a full disk
+        require(False, f"{path} cannot be written ({error})")
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # --- run ---
 
 
-def load_checkpoint(path, args):
-    """Returns the checkpoint at path. Ends the program if it is of a run with other flags."""
-    with blame(f"{path} cannot be read; remove it to start anew"):
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        old = {**checkpoint["args"], "device": args.device, "track": args.track, "out": args.out}
-    other = [f"{key} {old.get(key)}" for key, x in asdict(args).items() if x != old.get(key)]
-    require(not other, f"{path} was made with {', '.join(other)}; choose another --out")
-    return checkpoint
+def record(function, warm_up=3):
+    """Returns function as a CUDA graph, one launch of the GPU. The first calls run it as it is, as
+    a capture needs. Then it is captured, which computes nothing, and replayed."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    calls = 0
+    outputs = None
+
+    def call():
+        nonlocal calls, outputs
+        calls += 1
+        if calls <= warm_up:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if calls == warm_up + 1:
+            with torch.cuda.graph(graph):
+                outputs = function()
+        graph.replay()
+        return outputs
+
+    return call
 
 
-def stamp(path):
-    """Returns what tells a file from another run's at the same path, None if there is none."""
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+def read_config(out):
+    """Returns config.json of a run of this script."""
+    with or_exit(f"--out {out} holds files, but no run of {Path(__file__).name}; choose another"):
+        config = json.loads((out / "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, "another program's"
+    return config
 
 
-def save(path, values, since, texts=None):
-    """Writes under another name, then renames: what is at path is whole, whenever a run dies. Ends
-    the program if path's stamp is no longer since; returns the new one. texts go beside it."""
-    require(stamp(path) == since, f"{path} is now of another run; choose another --out")
-    for name, text in (texts or {}).items():
-        path.with_name(name).write_text(text)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(values, temporary)
-    os.replace(temporary, path)
-    return stamp(path)
-
-
-def run(args, about, agents, optimizers, draw_batch, envs, updates=1):
-    """Trains until --train-steps updates are done, going on where --out stopped, evaluates and
-    writes. A call of update() does so many updates; its losses are sums over the agents."""
-    script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    name = f"{script}-{args.env}-{about['aug_label']}-{args.seed}-{now}"
+def open_run(args, inputs, may_be_longer):
+    """Returns the folder of this run, new or begun with the same flags and data, and its config."""
+    script = Path(__file__).stem
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    name = f"{script}-{args.env}-{inputs['aug_label']}-{args.seed}-{now}"
     out = Path(args.out or "runs/" + re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[-200:])
-    step, evals, path = 0, [], out / "checkpoint.pt"
-    since = stamp(path)
-    if since:
-        checkpoint = load_checkpoint(path, args)
+    config = {"script": script, **asdict(args), **inputs}
+    config["versions"] = {package: version(package) for package in PACKAGES}
+    if any(out.glob("*")):
+        old = read_config(out)
+        if may_be_longer:
+            old["train_steps"] = max(old["train_steps"], args.train_steps)
+        require_same(out, old, config)
+    with new_file(out / "config.json") as file:
+        file.write_text(json.dumps(config, indent=2))
+    return out, config
+
+
+def load_checkpoint(out, agents, optimizers, args):
+    """Puts agents and optimizers into the state in which --out stopped. Returns the update and the
+    evaluations until then."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        lost = (out / "evals.csv").exists()
+        require(not lost, f"{out} holds evals.csv, but no checkpoint.pt; choose another --out")
+        return 0, []
+    with or_exit(f"{path} cannot be read; choose another --out"):
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
         agents.load_state_dict(checkpoint["agents"])
         for key, optimizer in optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][key])
-        step, evals = checkpoint["step"], checkpoint["evals"]
-        print(f"{out} is at update {step} of {args.train_steps}, with these flags")
-    versions = {package.__name__: package.__version__ for package in (torch, np, gym, minari)}
-    config = {"script": script, **asdict(args), **about, "versions": versions}
+    print(f"{out} is at update {checkpoint['step']} of {args.train_steps}")
+    return checkpoint["step"], checkpoint["evals"]
+
+
+def save_checkpoint(out, config, agents, optimizers, step, evals):
+    """Writes checkpoint.pt and evals.csv, unless the folder is another run's by now."""
+    require_same(out, read_config(out), config)
+    checkpoint = {
+        "args": asdict(agents.args),
+        "step": step,
+        "evals": evals,
+        "agents": agents.state_dict(),
+        "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
+    }
+    with new_file(out / "checkpoint.pt") as file:
+        torch.save(checkpoint, file)
+    with new_file(out / "evals.csv") as file:
+        np.savetxt(file, evals, "%.10g", ",", header="update,agent,return,score", comments="")
+
+
+def load_agents(path, device="cpu"):
+    """Returns the trained agents of the checkpoint at path. Their act is the policy of all of them
+    at once: observations [S, K, obs_dim] -> actions [S, K, act_dim]."""
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    weights = checkpoint["agents"]
+    scale = Scale(*(weights[f"scale.{key}"] for key in ("mean", "std", "low", "high")))
+    agents = CQL(Args(**checkpoint["args"]), scale).to(device)
+    agents.load_state_dict(weights)
+    return agents.eval().requires_grad_(False)
+
+
+def describe_result(evals, num_seeds):
+    """Returns the last score: its mean and deviation over agents."""
+    if not evals:
+        return "not evaluated"
+    scores = np.array([score for _, _, _, score in evals[-num_seeds:]])
+    if num_seeds == 1:
+        return f"{scores[0]:.1f} over 1 seed"
+    return f"{scores.mean():.1f} +- {scores.std():.1f} over {num_seeds} seeds"
+
+
+def run(args, inputs, agents, optimizers, train, benchmark, updates=1, may_be_longer=True):
+    """Trains to --train-steps from where --out stopped, evaluates and writes. A call of train makes
+    so many updates, and returns the losses, summed over the agents."""
+    out, config = open_run(args, inputs, may_be_longer)
+    step, evals = load_checkpoint(out, agents, optimizers, args)
     if args.track:
         import wandb
 
-        with blame("--track"):
+        with or_exit("--track"):
             wandb.init(name=out.name, config=config)
-    with blame(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-
     torch.manual_seed(args.seed + step)
-    train = partial(update, agents, optimizers, draw_batch)
-    train = record(train) if args.device == "cuda" else train
+    if args.device == "cuda":
+        train = record(train)
     steps = range(step + updates, args.train_steps + updates, updates)
-    progress = tqdm(steps, unit="update", unit_scale=updates)
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: a log file takes a line a minute
+    progress = tqdm(steps, unit="call", mininterval=every, maxinterval=every)
     for step in progress:
         losses = train()
-        is_due = args.eval_every and step % args.eval_every < updates
+        is_due = step % args.eval_every < updates  # this call has come to a multiple of it
         if not is_due and step < args.train_steps:
             continue
         log = {key: loss.item() / args.num_seeds for key, loss in losses.items()}
-        finite = np.isfinite([*log.values()]).all()
-        require(finite, f"update {step}: {log}; {out} stays as it is; try a lower --lr")
-        if envs is not None:
-            returns, (low, high) = evaluate(agents, envs, args), about["reference_returns"]
-            scores = 100 * (returns - low) / (high - low)
-            evals += [[step, i, returns[i].item(), x.item()] for i, x in enumerate(scores)]
-            log |= {"score": scores.mean(), "deviation": scores.std()}
-        state = {"args": asdict(args), "step": step, "evals": evals, "agents": agents.state_dict()}
-        state["optimizers"] = {key: own.state_dict() for key, own in optimizers.items()}
-        rows = [",".join(map(str, row)) for row in [("update", "agent", "return", "score"), *evals]]
-        texts = {"evals.csv": "\n".join(rows) + "\n", "config.json": json.dumps(config, indent=2)}
-        since = save(path, state, since, texts)
-        progress.write(f"update {step}: {', '.join(f'{k} {v:.4g}' for k, v in log.items())}")
+        require(all(map(math.isfinite, log.values())), f"update {step}: {log}; try a lower --lr")
+        if benchmark:
+            returns, scores = evaluate(agents, benchmark, args)
+            for i in range(args.num_seeds):
+                evals.append([step, i, returns[i].item(), scores[i].item()])
+            log["score"] = scores.mean()
+            if args.num_seeds > 1:
+                log["deviation"] = scores.std()
+        save_checkpoint(out, config, agents, optimizers, step, evals)
+        progress.write(f"update {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in log.items()))
         if args.track:
             wandb.log(log, step=step)
         torch.manual_seed(args.seed + step)  # a run that goes on from here draws the same
-    scores = np.array([row[3] for row in evals[-args.num_seeds :]])
-    result = f"{scores.mean():.1f} +- {scores.std():.1f}" if evals else "not evaluated"
-    algorithm = script if about["aug_label"] == "none" else f"{script} + {about['aug_label']}"
-    seeds = f"{args.num_seeds} seed{'s' * (args.num_seeds > 1)}"
-    print(f"wrote {out}\n{args.env} | {algorithm} | {result} over {seeds}")
+    result = describe_result(evals, args.num_seeds)
+    print(f"wrote {out}\n{args.env} | {config['script']} | {inputs['aug_label']} | {result}")
 
 
 def main(args):
-    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+    check_flags(args)
+    require(args.aug or not args.aug_only, "--aug-only needs --aug buffer.npz")
     torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(args.seed)
-    datasets, _, episodes, about = load_data(args)
-    fill_in_by_domain(args, about["env_id"])
-    envs = make_envs(datasets[0], args, about) if args.eval_every else None
-    rewards = [args.reward_scale * e.rewards + args.reward_bias for e in episodes]
-    episodes = [e._replace(rewards=r) for e, r in zip(episodes, rewards)]
-    draw_batch, scale = pack_transitions(episodes, datasets[0].action_space, args)
+    buffer = read_buffer(args.aug) if args.aug else None
+    args.env = args.env or (buffer.metadata if buffer else {}).get("env", DEFAULT_ENV)
+    datasets = open_datasets(args.env)
+    episodes = load_episodes(datasets)
+    inputs = identify(args, datasets, episodes, buffer)
+    fill_in_by_domain(args, find_domain(datasets[0]))
+    benchmark = make_benchmark(datasets[0], args) if args.eval_episodes else None
+    transitions = make_transitions(episodes, buffer, args.aug_only)
+    del buffer  # it is as large as they are
+    rewards = args.reward_scale * transitions.r + args.reward_bias
+    transitions = transitions._replace(r=rewards)
+    scale = fit_scale(transitions.s, datasets[0].action_space)
     agents = CQL(args, scale).to(args.device)
+    critic_parameters = list(agents.critic.parameters())
+    if args.target_gap >= 0:
+        critic_parameters.append(agents.log_alpha_prime)
     adam = partial(torch.optim.Adam, fused=True, capturable=True)
-    actor, critic = [*agents.actor.parameters(), agents.log_alpha], [*agents.critic.parameters()]
-    critic += [agents.log_alpha_prime] * (args.target_gap >= 0)
-    optimizers = {"actor": adam(actor, args.actor_lr), "critic": adam(critic, args.lr)}
-    run(args, about, agents, optimizers, draw_batch, envs)
+    optimizers = {
+        "actor": adam([*agents.actor.parameters(), agents.log_alpha], args.actor_lr),
+        "critic": adam(critic_parameters, args.lr),
+    }
+    train = partial(update, agents, optimizers, make_sampler(transitions, agents.scale, args))
+    run(args, inputs, agents, optimizers, train, benchmark)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch", "numpy", "gymnasium[mujoco]", "minari[hdf5,hf]", "tyro", "tqdm", "wandb"]
+# dependencies = ["torch>=2.5", "numpy>=2", "gymnasium[mujoco]>=1", "mujoco<3.12",
+#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """GTA, stage A: train a return-conditioned diffusion model of trajectories.
 
@@ -17,13 +18,19 @@ trajectories. After a kill the same command goes on from the last checkpoint.
 """
 
 import copy
+import json
 import math
 import os
 import re
+import shutil
 import sys
-from contextlib import contextmanager
+import sysconfig
+import tempfile
+import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,181 +44,44 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.vector.utils import batch_space, iterate
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +
-    env: str = "data/halfcheetah-medium-sample"
+    # --- model ---
     # H, transitions in a subtrajectory: 1, 7, 15, 23, ..., since the U-Net halves its H + 1 rows
     # thrice. 31 is the paper's 32 as its authors ran it (Table 8)
     horizon: int = 31
     dim: int = 16  # channels of the U-Net's first level; the others have 2, 4 and 8 times as many
-    batch_size: int = 256  # subtrajectories in a batch (Table 6), of all processes together
-    train_steps: int = 1_000_000  # gradient steps (Table 6)
-    # learning rate of Adam (Table 6); cosine annealing, restarted every tenth of the run
-    lr: float = 3e-4
     # lambda, the probability that a condition is dropped (eq. 5, Table 6)
     condition_dropout: float = 0.25
     gamma: float = 0.99  # discount of the return that conditions the model
     # subtracted from the reward of a terminal transition. Default: 100 (A.1), 0 in mazes
     terminal_penalty: float | None = None
     return_scale: float = 0.01  # the network sees the return times this
+    # --- training ---
+    batch_size: int = 256  # subtrajectories in a batch (Table 6), of all processes together
+    train_steps: int = 1_000_000  # gradient steps (Table 6)
+    # learning rate of Adam (Table 6); cosine annealing, restarted every tenth of the run
+    lr: float = 3e-4
+    # of the network's arithmetic; all else is fp32. Default: bf16 on CUDA, fp32 on a CPU
+    precision: Literal["bf16", "fp32"] | None = None
+    # --- data and run ---
+    # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +
+    env: str = "data/halfcheetah-medium-sample"
     save_every: int = 10_000  # steps between two checkpoints; the last step always writes one
     out: str = "diffusion.pt"  # checkpoint to write, or to go on with
     seed: int = 0  # seed of initial weights, batches and noise
     # CUDA_VISIBLE_DEVICES picks the card
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    # of the network's arithmetic; all else is fp32. Default: bf16 on CUDA, fp32 on a CPU
-    precision: Literal["bf16", "fp32"] | None = None
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_ENTITY say where
 
 
-def require(condition, message):
-    """Ends the program with one line and exit code 1 unless the condition holds."""
-    if not condition:
-        sys.exit("error: " + " ".join(message.split()))
-
-
-@contextmanager
-def blame(message):
-    """Turns an exception into one line: what is run inside fails by the user's data or machine."""
-    try:
-        yield
-    except Exception as error:
-        require(False, f"{message} ({error})")
-
-
-# --- data ---
-
-DEFAULT_ENV = "data/halfcheetah-medium-sample"
-SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
-    r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
-    r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
-    r"(pen|door|hammer|relocate|kitchen)-([a-z]+)": r"D4RL/\1/\2-v2",
-    r"([a-z0-9]+)-(simple|medium|expert)": r"mujoco/\1/\2-v0",
-    r"([a-z0-9]+)-medium-expert": r"mujoco/\1/medium-v0+mujoco/\1/expert-v0",
+BY_DOMAIN = {  # what a flag is if it is not given (A.1)
+    "terminal_penalty": {"antmaze": 0.0, "maze": 0.0, "else": 100.0},
 }
-
-
-class Episode(NamedTuple):
-    observations: np.ndarray  # [T + 1, obs_dim]
-    actions: np.ndarray  # [T, act_dim]
-    rewards: np.ndarray  # [T]
-    terminations: np.ndarray  # [T] whether the environment terminated; a truncation does not count
-
-
-def open_datasets(env):
-    """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here, parts = Path(__file__).resolve().parent, env.split("+")
-    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
-        name = "+".join(parts[:n])
-        folders = [place / name / "data" for place in (Path(), here, here.parent)]
-        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
-            break
-    for pattern, ids in SHORT_NAMES.items():
-        name = name if folder else re.sub(f"^{pattern}$", ids, name)
-    first, *rest = [name] if folder else name.split("+")
-    if rest := [*rest, *parts[n:]]:
-        return open_datasets(first) + open_datasets("+".join(rest))
-    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
-
-
-def env_id(dataset):
-    """Returns the Gymnasium id of the environment that was recorded, "" if none is named."""
-    return getattr(dataset.env_spec, "id", "")
-
-
-def load_episodes(datasets):
-    """Returns all episodes, their observations as gymnasium.spaces.utils.flatten makes them."""
-    episodes, first = [], datasets[0]
-    for dataset in datasets:
-        space, box = dataset.observation_space, dataset.action_space
-        image = r"\(\d+, \d+, \d+|\(\d+, \d+\), uint8"  # wherever it is nested
-        fits = space.is_np_flattenable and not re.search(image, str(space))
-        require(fits, f"{dataset.id}: observations must be vectors of numbers, not {space}")
-        fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
-        require(fits, f"{dataset.id}: actions must be a vector of real numbers, not {box}")
-        fits = (env_id(dataset), box) == (env_id(first), first.action_space)
-        require(fits, f"{dataset.id}: another environment, or other actions, than {first.id}")
-        with blame(f"{dataset.id} cannot be read"):
-            raw = list(dataset.iterate_episodes())
-        for e in raw:
-            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
-                s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
-            shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
-            for key, x, shape in zip(Episode._fields, arrays, shapes):
-                name = f"{dataset.id}: {key} of episode {e.id}"
-                fits = len(x) == shape[0] and x.size == math.prod(shape)
-                require(fits, f"{name} have the shape {x.shape}, not {shape}")
-                fits = (np.abs(x) < np.finfo(np.float32).max).all()
-                require(fits, f"{name} hold NaN, or numbers too large for float32")
-            episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
-    names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
-    print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
-    sizes = {e.observations.shape[1] for e in episodes}
-    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
-    return episodes
-
-
-def discounted_returns(rewards, gamma):
-    """Returns sum_{i >= t} gamma^(i - t) r_i for every t from 0 to T. [T] -> [T + 1]"""
-    backwards = accumulate(rewards[::-1].tolist(), lambda y, r: r + gamma * y, initial=0.0)
-    return [*backwards][::-1]
-
-
-def make_windows(episodes, horizon, gamma, penalty):
-    """Lays out all episodes as rows, R = sum of T + 1, and finds the W windows of H transitions and
-    one more state in them (eq. 6, A.1): window w is the rows start[w] to start[w] + H."""
-    table = []
-    for i, e in enumerate(episodes):
-        T, rewards = len(e.rewards), e.rewards - penalty * e.terminations
-        cells = np.pad(np.column_stack([e.actions, rewards]), [(0, 1), (0, 0)])
-        columns = {
-            "rows": np.column_stack([e.observations, cells]),  # [R, D] s_t, a_t, r_t; s_T, 0, 0
-            "terminals": np.append(e.terminations, False),  # [R]
-            "episode": np.full(T + 1, i),  # [W], as all that follows
-            "timestep": np.arange(T + 1),  # the window's first step in its episode
-            "y": discounted_returns(rewards, gamma),  # the condition, with the penalty (4.1, A.1)
-            "return_to_go": discounted_returns(e.rewards, 1.0),  # without it: R_t of eq. 17
-            "start": np.arange(T + 1) <= T - horizon,  # the row of the window's first transition
-        }
-        table.append(columns)
-    w = {key: np.concatenate([own[key] for own in table]) for key in columns}
-    w["start"] = np.flatnonzero(w["start"])
-    w |= {key: w[key][w["start"]] for key in ("episode", "timestep", "y", "return_to_go")}
-    w |= {key: w[key].astype(np.float32) for key in ("rows", "y", "return_to_go")}
-    num, num_short = len(w["start"]), sum(len(e.rewards) < horizon for e in episodes)
-    require(num, f"no episode has {horizon} transitions; lower --horizon of gta_diffusion.py")
-    condition = f"return condition {w['y'].min():.1f} to {w['y'].max():.1f}"
-    print(f"windows: {num} of {horizon} transitions, {condition}; {num_short} episodes are shorter")
-    return w
-
-
-def choose_penalty(args, episodes, env):
-    """Returns what a terminal transition costs: what is asked for, else 100, in mazes 0 (A.1).
-
-    Warns where terminals are the best-paid transitions, as successes are: none is paid more, or
-    their reward rises from the step before, too, which that of a fall at high speed does not.
-    """
-    default = 0.0 if "maze" in env.lower() else 100.0
-    penalty = default if args.terminal_penalty is None else args.terminal_penalty
-    is_end = np.concatenate([e.terminations for e in episodes]).astype(bool)
-    print(f"terminal transitions: {is_end.sum()}, each costs {penalty:g} (--terminal-penalty)")
-    pay = [[e.rewards, np.diff(e.rewards, prepend=e.rewards[:1])] for e in episodes]
-    pay = np.concatenate(pay, axis=1)  # [2, N]
-    if penalty and is_end.any() and not is_end.all():
-        own, other = np.median(pay[:, is_end], axis=1), pay[:, ~is_end]
-        high, usual = np.quantile(other, 0.99, axis=1), np.median(other, axis=1)
-        is_best, rises = (own >= high) & (own > usual)
-        if is_best and (rises or own[0] >= other[0].max()):
-            print("the best-paid ones: if successes, --terminal-penalty 0 is likely right")
-    return penalty
 
 
 # --- denoiser ---
@@ -286,7 +156,7 @@ class MixerUNet(nn.Module):
         if num_rows == 2:
             halve = double = nn.Identity
 
-        self.register_buffer("frequencies", torch.randn(8))  # random Fourier features, not learned
+        self.frequencies = nn.Buffer(torch.randn(8))  # random Fourier features, not learned
         self.emb_noise = nn.Sequential(nn.Linear(17, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
         self.emb_y = nn.Sequential(nn.Linear(1, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
 
@@ -313,7 +183,8 @@ class MixerUNet(nn.Module):
         emb_y = self.emb_y(y[:, None]) * keep[:, None]
         emb = torch.cat([emb_y, self.emb_noise(features)], dim=1)
 
-        x, skips = x.unsqueeze(-1), []
+        x = x.unsqueeze(-1)
+        skips = []
         for block_1, block_2, attention, resize in [*self.downs, self.bottom]:
             x = attention(block_2(block_1(x, emb), emb))
             skips.append(x)
@@ -340,7 +211,7 @@ class Denoiser(nn.Module):
         self.bf16 = bf16
         filled = torch.ones(horizon + 1, num_dims)
         filled[-1, obs_dim:] = 0.0
-        self.register_buffer("filled", filled)
+        self.filled = nn.Buffer(filled)
 
     def forward(self, x, sigma, y, keep):
         """x [B, H + 1, D], sigma [B], y [B] scaled return, keep [B] (0 drops y) -> [B, H + 1, D]"""
@@ -364,7 +235,8 @@ def edm_loss(denoiser, x, y, keep, sigma, noise):
 
     x [B, H + 1, D] clean rows, y [B], keep [B], sigma [B], noise [B, H + 1, D] unit normal.
     """
-    x, s = x * denoiser.filled, sigma[:, None, None]
+    x = x * denoiser.filled
+    s = sigma[:, None, None]
     weight = (s**2 + denoiser.sigma_data**2) / (s * denoiser.sigma_data) ** 2
     return (weight * (denoiser(x + s * noise, sigma, y, keep) - x) ** 2).mean()
 
@@ -403,160 +275,520 @@ def update(args, network, loss_fn, optimizer, rows, start, y, share):
     return loss.detach()
 
 
-def record(function):
-    """Returns function as one launch of the GPU: a CUDA graph of it. Calls it three times before,
-    as capture needs: updates that --train-steps does not count."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    with torch.cuda.graph(graph):  # waits for them
-        outputs = function()
-    return lambda: (graph.replay(), outputs)[1]
+# --- what the user gives ---
+
+
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit("error: " + " ".join(message.split()))
+
+
+@contextmanager
+def or_exit(message):
+    """Ends the program with one line if what is inside fails by the user's data or machine."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({error})")
+
+
+MAY_BE_NEGATIVE = (
+    "reward_bias",
+    "min_gap",
+    "target_gap",
+    "target_return",
+    "source_min_return",
+    "p_mean",
+)
+MAY_BE_ZERO = ("seed", "eval_episodes", "warmup_steps", "reweight_bins")  # of the integers
+
+
+def check_flags(args):
+    """Ends the program if a flag is an empty text, NaN, a negative number, or a size of 0."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        require(value != "", f"{flag} is empty")
+        require(value == value, f"{flag} is not a number")
+        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
+            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+            require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+
+
+# --- data ---
+
+DEFAULT_ENV = "data/halfcheetah-medium-sample"
+SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
+    r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
+    r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
+    r"(pen|door|hammer|relocate|kitchen)-([a-z]+)": r"D4RL/\1/\2-v2",
+    r"([a-z0-9]+)-(simple|medium|expert)": r"mujoco/\1/\2-v0",
+    r"([a-z0-9]+)-medium-expert": r"mujoco/\1/medium-v0+mujoco/\1/expert-v0",
+}
+DOMAINS = {  # by environment: Gymnasium's id or D4RL's name. The others are locomotion
+    r"ant-?maze": "antmaze",
+    r"maze": "maze",
+    r"adroit|\b(pen|door|hammer|relocate)-": "adroit",
+    r"kitchen": "kitchen",
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T], float64: a sum of float16 overflows
+    terminals: np.ndarray  # [T] whether the environment terminated; a truncation is no terminal
+
+
+class Windows(NamedTuple):
+    """All W windows of H transitions and one more state (eq. 6, A.1) in R rows: all episodes, one
+    after another. Window w is the rows start[w] to start[w] + H."""
+
+    rows: np.ndarray  # [R, D] s_t, a_t, r_t; after an episode's last transition s_T, 0, 0
+    terminals: np.ndarray  # [R]
+    start: np.ndarray  # [W]
+    episode: np.ndarray  # [W]
+    timestep: np.ndarray  # [W] the window's first step in its episode
+    y: np.ndarray  # [W] the condition: discounted return to go, with the penalty (4.1, A.1)
+    return_to_go: np.ndarray  # [W] undiscounted, without the penalty (R_t of eq. 17)
+
+
+class Normalizer(NamedTuple):
+    mean: torch.Tensor  # [D], of s, a, r
+    std: torch.Tensor  # [D]
+
+
+def find_folder(name):
+    """Returns the folder of a Minari dataset of that name, here or beside this script, or None."""
+    here = Path(__file__).resolve().parent
+    for folder in (Path(name), here / name, here.parent / name):
+        if (folder / "data" / "metadata.json").is_file():
+            return folder / "data"
+
+
+def open_dataset(name):
+    """Opens a Minari dataset: a folder, or an id in Minari's cache, else on its hub."""
+    folder = find_folder(name)
+    with or_exit(f"--env {name} cannot be opened"):
+        if folder:
+            return minari.MinariDataset(folder)
+        require(name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+        is_id = re.fullmatch(r"[\w/-]+-v\d+", name)
+        require(is_id, f"--env {name}: no folder of a Minari dataset, no short name, no Minari id")
+        return minari.load_dataset(name, download=True)
+
+
+def open_datasets(env):
+    """Returns the datasets that --env names: one, or several of the same robot joined by +."""
+    names = []
+    parts = [env] if find_folder(env) else env.split("+")
+    for name in parts:
+        for pattern, minari_ids in SHORT_NAMES.items():
+            name = re.sub(f"^{pattern}$", minari_ids, name)
+        names += [name] if find_folder(name) else name.split("+")  # hopper-medium-expert: two
+    datasets = [open_dataset(name) for name in names]
+    first = datasets[0]
+    box = first.action_space
+    is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
+    require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
+    for other in datasets[1:]:
+        same = env_id(other) == env_id(first) and other.action_space == box
+        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    return datasets
+
+
+def env_id(dataset):
+    """Returns the Gymnasium id of the environment that was recorded, "" if none is named."""
+    return getattr(dataset.env_spec, "id", "")
+
+
+def find_domain(dataset):
+    """Returns what kind of task a dataset is of: antmaze, maze, adroit, kitchen or locomotion."""
+    for pattern, domain in DOMAINS.items():
+        if re.search(pattern, env_id(dataset) or dataset.id, re.IGNORECASE):
+            return domain
+    return "locomotion"
+
+
+def load_episodes(datasets):
+    """Returns all episodes, observations flattened as Gymnasium does. One ends at its terminal."""
+    episodes = []
+    num_left_out = 0
+    for dataset in datasets:
+        space = dataset.observation_space
+        with or_exit(f"{dataset.id} cannot be read, or its observations are no {space}"):
+            for record in dataset.iterate_episodes():
+                states = iterate(batch_space(space), record.observations)  # one by one
+                s = np.stack([gym.spaces.flatten(space, state) for state in states])
+                a = record.actions.reshape(len(record.actions), -1)
+                r = record.rewards.reshape(-1).astype(np.float64)
+                terminals = record.terminations.astype(bool)
+                T = terminals.argmax() + 1 if terminals.any() else len(r)
+                num_left_out += len(r) - T
+                episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
+    name = " + ".join(dataset.id for dataset in datasets)
+    require(episodes, f"{name} holds no episodes")
+    for i, e in enumerate(episodes):
+        T = len(e.rewards)
+        fits = len(e.observations) == T + 1
+        fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
+        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
+    num_transitions = sum(len(e.rewards) for e in episodes)
+    print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
+    if num_left_out:
+        print(f"left out: {num_left_out} transitions that follow a terminal within their episode")
+    return episodes
+
+
+def checksum(arrays):
+    """Returns a CRC of what the arrays hold: an input is that, not the name of its file."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
+
+
+def fill_in_by_domain(args, domain):
+    """Sets the flags that were not given to what they are in this domain."""
+    for name, values in BY_DOMAIN.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values.get(domain, values["else"]))
+
+
+def discounted_returns(rewards, gamma):
+    """Returns sum_{i >= t} gamma^(i - t) r_i for every t. [T] -> [T]"""
+    backwards = accumulate(rewards[::-1].tolist(), lambda y, r: r + gamma * y)
+    return np.array([*backwards][::-1])
+
+
+def cut_windows(episode, number, horizon, gamma, penalty):
+    """Returns the rows of one episode, and its windows: none if it has less than H transitions."""
+    s, a, r, terminals = episode
+    timestep = np.arange(max(0, len(r) - horizon + 1))
+    penalised = r - penalty * terminals
+    cells = np.pad(np.column_stack([a, penalised]), [(0, 1), (0, 0)])
+    return Windows(
+        rows=np.column_stack([s, cells]).astype(np.float32),
+        terminals=np.append(terminals, False),
+        start=timestep,
+        episode=np.full(len(timestep), number),
+        timestep=timestep,
+        y=discounted_returns(penalised, gamma)[timestep].astype(np.float32),
+        return_to_go=discounted_returns(r, 1.0)[timestep].astype(np.float32),
+    )
+
+
+def make_windows(episodes, horizon, gamma, penalty):
+    """Returns the windows of all episodes."""
+    parts = []
+    num_rows = 0
+    for number, episode in enumerate(episodes):
+        part = cut_windows(episode, number, horizon, gamma, penalty)
+        parts.append(part._replace(start=part.start + num_rows))
+        num_rows += len(part.rows)
+    windows = Windows(*(np.concatenate(field) for field in zip(*parts)))
+    num = len(windows.start)
+    require(num, f"no episode has {horizon} transitions; lower --horizon of gta_diffusion.py")
+    num_short = sum(len(episode.rewards) < horizon for episode in episodes)
+    condition = f"return condition {windows.y.min():.1f} to {windows.y.max():.1f}"
+    print(f"windows: {num} of {horizon} transitions, {condition}; {num_short} episodes are shorter")
+    return windows
+
+
+def fit_normalizer(episodes):
+    """Returns mean and deviation of all transitions, computed before the penalty is subtracted."""
+    transitions = [np.column_stack([e.observations[:-1], e.actions, e.rewards]) for e in episodes]
+    transitions = torch.from_numpy(np.concatenate(transitions)).double()
+    return Normalizer(transitions.mean(0).float(), (transitions.std(0) + 1e-5).float())
+
+
+def describe_terminals(episodes, penalty):
+    """Returns how many transitions are terminal and what they are paid: successes should cost 0."""
+    terminals = np.concatenate([e.terminals for e in episodes])
+    rewards = np.concatenate([e.rewards for e in episodes])
+    if not terminals.any():
+        return "terminal transitions: none"
+    paid = f"mean reward {rewards[terminals].mean():.3g}"
+    if not terminals.all():
+        paid += f" (of the others {rewards[~terminals].mean():.3g})"
+    advice = "if they are successes, give --terminal-penalty 0"
+    return f"terminal transitions: {terminals.sum()}, {paid}, each costs {penalty:g}; {advice}"
+
+
+# --- files ---
+
+PACKAGES = ("torch", "numpy", "gymnasium", "minari")
+# what may differ when a run goes on: names of inputs (their checksums count), places
+FREE = (
+    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
+    *("device", "track", "out", "versions"),
+)
+
+
+def require_same(path, old, new, flag="--out"):
+    """Ends the program unless what is at path was made with the same flags from the same inputs."""
+    new = json.loads(json.dumps(new))  # as old, which comes from a file
+    for key, value in new.items():
+        same = key in FREE or old.get(key) == value
+        require(same, f"{path} was made with {key} {old.get(key)}; choose another {flag}")
+
+
+@contextmanager
+def new_file(path):
+    """Gives a name to write to; what is written takes its place at path when it is whole."""
+    path = Path(path).resolve()  # a symbolic link stays one
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # of PyTorch, for a full disk
+        require(False, f"{path} cannot be written ({error})")
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def try_to_write(path):
+    """Ends the program now if no file could be written at path when the work is done."""
+    folder = Path(path).resolve().parent
+    with or_exit(f"{path} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def read_checkpoint(path, args, inputs):
+    """Returns the checkpoint at path, None if there is none. Ends the program if it is of a run
+    with other flags or data."""
+    if not Path(path).exists():
+        return None
+    with or_exit(f"--out {path} is no diffusion.pt that can be read; choose another --out"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        old = {**checkpoint, **checkpoint["args"]}
+    require_same(path, old, {"format_version": 3, **asdict(args), **inputs})
+    return checkpoint
 
 
 # --- run ---
 
 
-def load_checkpoint(path, args):
-    """Returns the checkpoint at path. Ends the program if it is of a run with other flags."""
-    with blame(f"{path} cannot be read; remove it to start anew"):
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        old = {**checkpoint["args"], "device": args.device, "track": args.track, "out": args.out}
-    other = [f"{key} {old.get(key)}" for key, x in asdict(args).items() if x != old.get(key)]
-    require(not other, f"{path} was made with {', '.join(other)}; choose another --out")
-    return checkpoint
+class Ranks(NamedTuple):
+    rank: int  # of this process
+    size: int  # processes that torchrun has started, 1 without it
 
 
-def stamp(path):
-    """Returns what tells a file from another run's at the same path, None if there is none."""
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+class Model(NamedTuple):
+    denoiser: Denoiser
+    ema: Denoiser  # the average of its weights, which samples
+    optimizer: torch.optim.Optimizer
 
 
-def save(path, values, since, texts=None):
-    """Writes under another name, then renames: what is at path is whole, whenever a run dies. Ends
-    the program if path's stamp is no longer since; returns the new one. texts go beside it."""
-    require(stamp(path) == since, f"{path} is now of another run; choose another --out")
-    for name, text in (texts or {}).items():
-        path.with_name(name).write_text(text)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(values, temporary)
-    os.replace(temporary, path)
-    return stamp(path)
+def record(function, warm_up=3):
+    """Returns function as a CUDA graph, one launch of the GPU. The first calls run it as it is, as
+    a capture needs. Then it is captured, which computes nothing, and replayed."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    calls = 0
+    outputs = None
+
+    def call():
+        nonlocal calls, outputs
+        calls += 1
+        if calls <= warm_up:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if calls == warm_up + 1:
+            with torch.cuda.graph(graph):
+                outputs = function()
+        graph.replay()
+        return outputs
+
+    return call
 
 
-def main(args):
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    fits = (args.horizon == 1 or args.horizon % 8 == 7) and args.dim % 8 == 0
-    require(fits, "--horizon must be 1, 7, 15, 23, 31, ...; --dim a multiple of 8")
-    fits = args.batch_size % world_size == 0
-    require(fits, f"--batch-size {args.batch_size}: {world_size} processes must divide it")
-    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
-    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    torch.set_float32_matmul_precision("high")  # TF32
-    if world_size > 1:  # torchrun started this process
+def join_ranks(args):
+    """Returns the number of this process and of all; joins them if torchrun has started several."""
+    ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    fits = args.batch_size % ranks.size == 0
+    require(fits, f"--batch-size {args.batch_size}: {ranks.size} processes must divide it")
+    if ranks.size > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    if rank > 0:
+    if ranks.rank > 0:
         sys.stdout = open(os.devnull, "w")
-        dist.barrier()  # rank 0 comes first: it may have to download
-    datasets = open_datasets(args.env)
-    episodes = load_episodes(datasets)
-    args.terminal_penalty = choose_penalty(args, episodes, env_id(datasets[0]))
-    path = Path(args.out)
-    since = stamp(path)
-    checkpoint = load_checkpoint(path, args) if since else None
-    fits = not checkpoint or checkpoint["format_version"] == 3
-    require(fits, f"{path} is of another version of this program; choose another --out")
-    if world_size > 1 and rank == 0:
-        dist.barrier()
-    first = checkpoint["step"] if checkpoint else 0
-    if first == args.train_steps:
-        return print(f"{path} is finished, {first} steps with these flags")
+    return ranks
 
-    windows = make_windows(episodes, args.horizon, args.gamma, args.terminal_penalty)
-    transitions = [np.column_stack([e.observations[:-1], e.actions, e.rewards]) for e in episodes]
-    transitions = torch.from_numpy(np.concatenate(transitions)).double()  # without the penalty
-    mean, std = transitions.mean(0).float(), (transitions.std(0) + 1e-5).float()
-    rows = (torch.from_numpy(windows["rows"]) - mean) / std
-    y = torch.from_numpy(windows["y"]) * args.return_scale
-    data = [x.to(args.device) for x in (rows, torch.from_numpy(windows["start"]), y)]
-    sizes = {"horizon": args.horizon, "obs_dim": episodes[0].observations.shape[1]}
-    sizes["act_dim"] = episodes[0].actions.shape[1]
 
+def require_compiler():
+    """Ends the program if torch.compile would fail: Triton needs a C compiler and Python.h."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    found = (compiler and header.exists()) or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    require(
+        found,
+        "torch.compile needs a C compiler and Python.h (Debian: apt install gcc python3-dev); "
+        "TORCH_COMPILE_DISABLE=1 does without both, and is slower",
+    )
+
+
+def make_one_step(args, ranks, model, data):
+    """Returns a function that takes one gradient step: on one GPU it is a CUDA graph; on several
+    each has its share of the batch and a compiled denoiser, and gradients are averaged."""
+    network = model.denoiser
+    loss_fn = edm_loss
+    if args.device == "cuda":
+        require_compiler()
+        if ranks.size == 1:
+            loss_fn = torch.compile(edm_loss)
+        else:
+            network.compile()
+    if ranks.size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.sigma_data = model.denoiser.sigma_data
+        network.filled = model.denoiser.filled
+    share = slice(ranks.rank, None, ranks.size)
+    one_step = partial(update, args, network, loss_fn, model.optimizer, *data, share)
+    if args.device == "cuda" and ranks.size == 1:
+        return record(one_step)
+    return one_step
+
+
+def make_model(args, sizes):
+    """Returns a new denoiser, the average of its weights, and its optimizer."""
     torch.manual_seed(args.seed)
     denoiser = Denoiser(**sizes, dim=args.dim, bf16=args.precision == "bf16").to(args.device)
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     lr = torch.tensor(args.lr, device=args.device)  # a tensor can change in a CUDA graph
     options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "capturable": args.device == "cuda"}
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr, fused=True, **options)
-    if checkpoint:
-        denoiser.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
-        print(f"{path} is at step {first} of {args.train_steps}")
-    lr = optimizer.param_groups[0]["lr"]
-    about = {
+    return Model(denoiser, ema, torch.optim.AdamW(denoiser.parameters(), lr, fused=True, **options))
+
+
+def restore(model, checkpoint):
+    """Puts the model into the state of the checkpoint."""
+    model.denoiser.load_state_dict(checkpoint["model"])
+    model.ema.load_state_dict(checkpoint["ema"])
+    groups = model.optimizer.state_dict()["param_groups"]  # the learning rate stays a tensor
+    model.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+
+
+def save(args, inputs, model, step, **more):
+    """Writes --out, unless what is there is of another run by now."""
+    read_checkpoint(args.out, args, inputs)
+    checkpoint = {
         "format": "gta-diffusion",
         "format_version": 3,
         "args": asdict(args),
-        "versions": {x.__name__: str(x.__version__) for x in (torch, np, gym, minari)},
+        "versions": {package: version(package) for package in PACKAGES},
         "env": args.env,
-        "dataset_ids": [dataset.id for dataset in datasets],
-        "env_id": env_id(datasets[0]),
-        **sizes,
-        "normalizer": {"mean": mean, "std": std},
+        "model": model.denoiser.state_dict(),
+        "ema": model.ema.state_dict(),
+        "optimizer": model.optimizer.state_dict(),
+        "step": step,
+        **inputs,
+        **more,
     }
-    if args.track and rank == 0:
-        import wandb
+    with new_file(args.out) as file:
+        torch.save(checkpoint, file)
 
-        with blame("--track"):
-            wandb.init(name=path.stem, config={**about["args"], "versions": about["versions"]})
-    with blame(f"--out {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
 
-    torch.manual_seed(args.seed + first)
-    network, loss_fn, share = denoiser, edm_loss, slice(rank, None, world_size)
+def train(args, ranks, model, data, first, save_model):
+    """Trains from step first to --train-steps. data are standardised rows [R, D], the windows'
+    first rows [W] and their scaled returns [W]. Returns the last mean loss."""
+    lr = model.optimizer.param_groups[0]["lr"]
     period = max(1, args.train_steps // 10)  # of the learning rate
-    if world_size > 1:  # averages the gradients over the ranks
-        network = nn.parallel.DistributedDataParallel(denoiser)
-        network.sigma_data, network.filled = denoiser.sigma_data, denoiser.filled
-    elif args.device == "cuda":
-        loss_fn = torch.compile(edm_loss)
-    one_step = partial(update, args, network, loss_fn, optimizer, *data, share)
-    lr.fill_(args.lr * warm_restarts(first + 1, period))
-    train = record(one_step) if args.device == "cuda" and world_size == 1 else one_step
-    losses, steps = [], range(first + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=first, total=args.train_steps, disable=rank > 0)
+    one_step = make_one_step(args, ranks, model, data)
+    torch.manual_seed(args.seed + first)
+    total = torch.zeros((), device=args.device)  # of the losses since they were last read
+    num_losses = 0
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: a log file takes a line a minute
+    bar = {"total": args.train_steps, "mininterval": every, "maxinterval": every}
+    steps = range(first + 1, args.train_steps + 1)
+    progress = tqdm(steps, initial=first, disable=ranks.rank > 0, **bar)
     for step in progress:
         lr.fill_(args.lr * warm_restarts(step, period))
-        losses.append(train().clone())
+        total += one_step()
+        num_losses += 1
         if step < 10 or step % 10 == 0:
-            update_ema(ema, denoiser, step)
+            update_ema(model.ema, model.denoiser, step)
         is_due = step % args.save_every == 0 or step == args.train_steps
         if step % 100 and not is_due:
             continue
-        loss = torch.stack(losses).mean() / world_size
-        if world_size > 1:
-            dist.all_reduce(loss)
-        losses, loss = [], loss.item()
-        weights = nn.utils.parameters_to_vector(denoiser.parameters())
-        finite = math.isfinite(loss) and weights.isfinite().all().item()
-        require(finite, f"step {step}: loss {loss}; {path} stays as it is; try a lower --lr")
-        progress.set_postfix(loss=f"{loss:.3f}")
-        if args.track and rank == 0:
+        if ranks.size > 1:
+            dist.all_reduce(total)
+        loss = total.item() / num_losses / ranks.size
+        total.zero_()
+        num_losses = 0
+        finite = all(p.isfinite().all() for p in model.denoiser.parameters())
+        finite = finite and math.isfinite(loss)
+        require(finite, f"step {step}: loss {loss}; {args.out} stays as it is; try a lower --lr")
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if args.track and ranks.rank == 0:
+            import wandb
+
             wandb.log({"loss": loss, "lr": lr.item()}, step=step)
-        if is_due and rank == 0:
-            networks = {"model": denoiser.state_dict(), "ema": ema.state_dict()}
-            state = {**about, **networks, "optimizer": optimizer.state_dict(), "step": step}
-            since = save(path, state, since)
         if is_due:
+            if ranks.rank == 0:
+                save_model(step=step)
+                progress.write(f"step {step}: loss {loss:.3f}")
             torch.manual_seed(args.seed + step)  # a run that goes on from here draws the same
-    print(f"wrote {path}: {args.train_steps} steps, loss {loss:.3f}")
-    if world_size > 1:
+    return loss
+
+
+def main(args):
+    check_flags(args)
+    has_rows = args.horizon == 1 or args.horizon % 8 == 7
+    require(has_rows, f"--horizon {args.horizon}: must be 1, 7, 15, 23, 31, ...")
+    require(args.dim % 8 == 0, f"--dim {args.dim}: must be a multiple of 8")
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    torch.set_float32_matmul_precision("high")  # TF32
+    ranks = join_ranks(args)
+    if ranks.rank > 0:
+        dist.barrier()  # rank 0 comes first: it may have to download
+    datasets = open_datasets(args.env)
+    if ranks.rank == 0 and ranks.size > 1:
+        dist.barrier()
+    episodes = load_episodes(datasets)
+    fill_in_by_domain(args, find_domain(datasets[0]))
+    print(describe_terminals(episodes, args.terminal_penalty))
+    inputs = {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+    checkpoint = read_checkpoint(args.out, args, inputs)
+    step = checkpoint["step"] if checkpoint else 0
+    if step == args.train_steps:
+        print(f"{args.out} is finished, {step} steps with these flags")
+        return
+    try_to_write(args.out)
+
+    windows = make_windows(episodes, args.horizon, args.gamma, args.terminal_penalty)
+    normalizer = fit_normalizer(episodes)
+    rows = (torch.from_numpy(windows.rows) - normalizer.mean) / normalizer.std
+    y = torch.from_numpy(windows.y) * args.return_scale
+    data = [x.to(args.device) for x in (rows, torch.from_numpy(windows.start), y)]
+    first = episodes[0]
+    obs_dim, act_dim = first.observations.shape[1], first.actions.shape[1]
+    sizes = {"horizon": args.horizon, "obs_dim": obs_dim, "act_dim": act_dim}
+    model = make_model(args, sizes)
+    if checkpoint:
+        restore(model, checkpoint)
+        print(f"{args.out} is at step {step} of {args.train_steps}")
+    if args.track and ranks.rank == 0:
+        import wandb
+
+        with or_exit("--track"):
+            wandb.init(name=Path(args.out).stem, config={**asdict(args), **inputs})
+    more = {**sizes, "normalizer": normalizer._asdict()}
+    loss = train(args, ranks, model, data, step, partial(save, args, inputs, model, **more))
+    print(f"wrote {args.out}: {args.train_steps} steps, loss {loss:.3f}")
+    if ranks.size > 1:
         dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch", "numpy", "scipy", "matplotlib", "gymnasium[mujoco]", "minari[hdf5,hf]",
-#     "tyro", "tqdm", "wandb"]
+# dependencies = ["torch>=2.5", "numpy>=2", "scipy>=1.11", "matplotlib>=3.8",
+#     "gymnasium[mujoco]>=1", "mujoco<3.12", "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """Is generated data plausible, novel and better? And: the results of a set of runs.
 
@@ -14,16 +14,20 @@ Reads buffers of gta_augment.py and the dataset that they were made from, or fol
 Writes metrics.json (--out) and a figure (--plot); with --runs the figure alone.
 """
 
+import importlib
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import warnings
+import zlib
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,14 +40,14 @@ import tyro
 from gymnasium.vector.utils import batch_space, iterate
 from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
-from scipy.stats import ttest_ind
+from scipy.stats import pearsonr, ttest_ind
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
+    # --- buffers ---
     aug: tuple[str, ...] = ()  # buffers to measure, side by side: --aug a.npz b.npz
-    runs: tuple[str, ...] = ()  # folders of runs to tabulate: --runs runs/*
     # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +.
     # Default: what the first --aug was made from
     env: str | None = None
@@ -51,16 +55,226 @@ class Args:
     s4rl_sigma: float = 0.0
     # at most so many of each buffer, in whole subtrajectories, and of the dataset are drawn (D)
     num_transitions: int = 1_000_000
-    # file for all numbers of --aug; made anew if it was made with the same flags
-    out: str = "metrics.json"
-    # figure (.png, .pdf, .svg): of --aug, returns (Figures 4c, 8) and controllability (Figure 7);
-    # of --runs, the learning curves of each augmentation (Figure 10)
-    plot: str | None = None
-    table: Literal["text", "markdown", "latex"] = "text"  # form of the tables
+    all: bool = False  # print every number, not the five that say most; --out has them all anyway
+    env_package: str | None = None  # module to import that registers your own environment
+    out: str = "metrics.json"  # file for all numbers of --aug
     seed: int = 0  # seed of what is drawn
+    # --- runs ---
+    runs: tuple[str, ...] = ()  # folders of runs to tabulate: --runs runs/*
+    # --- both ---
+    table: Literal["text", "markdown", "latex"] = "text"  # form of the tables
+    # figure (.png, .pdf, .svg): of --aug, returns (Figures 4c, 8), condition against return
+    # (Figure 7) and one window; of --runs, the learning curves of each augmentation (Figure 10)
+    plot: str | None = None
     # where nearest neighbours are searched; CUDA_VISIBLE_DEVICES picks the card
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_ENTITY say where
+
+
+class Sample(NamedTuple):
+    """N windows of H transitions: of a buffer; or a dataset's transitions, H = 1."""
+
+    s: np.ndarray  # [N, H, obs_dim]
+    a: np.ndarray  # [N, H, act_dim]
+    r: np.ndarray  # [N, H] float64
+    s_next: np.ndarray  # [N, H, obs_dim]
+    terminal: np.ndarray  # [N, H] bool
+    penalised: np.ndarray  # [N, H] bool: the reward holds stage A's penalty and says nothing
+    # [N] the return that was asked for; NaN if a penalty in these steps is part of it
+    condition: np.ndarray | None = None
+    source: np.ndarray | None = None  # [N, 2] the windows they were made from: episode, first step
+    source_r: np.ndarray | None = None  # [N, H] rewards of those
+    asked: np.ndarray | None = None  # [N] part of the condition that falls to these H steps
+    returns: np.ndarray | None = None  # [N, 2] of them, discounted: the source's, the generated
+
+
+class Answers(NamedTuple):
+    """What MuJoCo says, its state set to s and stepped with a. M transitions."""
+
+    s_next: np.ndarray  # [M, obs_dim]; NaN, as r, where the simulation breaks down
+    r: np.ndarray  # [M]
+    terminal: np.ndarray  # [M] bool: the environment would have terminated
+
+
+class Reference(NamedTuple):
+    """The dataset's N states and actions, to which distances are measured."""
+
+    sa: np.ndarray  # [N, obs_dim + act_dim]
+    std: np.ndarray  # [obs_dim + act_dim]; 1 where nothing varies
+
+
+# --- metrics ---
+
+
+def dynamic_error(s_next, s_true, std):
+    """Squared error of s' in standardised dimensions, their mean (eq. 11, 14). [M, d] -> [M]"""
+    return (((s_next - s_true) / std) ** 2).mean(axis=-1)
+
+
+def nearest_by_product(data, queries, rank):
+    """What nearest_distance does, on a GPU, in float64. A copy's distance is 0 but for rounding."""
+    return torch.cdist(queries, data).topk(rank, largest=False).values[:, -1]
+
+
+def nearest_distance(data, queries, rank, device, label=""):
+    """Distance from every query to its rank-th nearest row of data. [N, d], [M, d] -> [M]"""
+    size = max(1, min(10_000, 100_000_000 // len(data)))
+    on_cpu = device == "cpu"
+    index = cKDTree(data) if on_cpu else torch.from_numpy(data).to(device)
+    distances = []
+    chunks = np.split(queries, range(size, len(queries), size))
+    for chunk in show_progress(chunks, f"nearest, {label}"):
+        if on_cpu:
+            distance, _ = index.query(chunk, k=[rank], workers=-1)
+            distances.append(distance[:, 0])
+        else:
+            chunk = torch.from_numpy(chunk).to(device)
+            distances.append(nearest_by_product(index, chunk, rank).cpu())
+    return np.concatenate(distances)
+
+
+def novelty(reference, sample, rank, device, label=""):
+    """Mean distance to the nearest transition of the dataset (eq. 12, 15), plain and squared, of
+    states, actions and both, in the environment's units and standardised. Returns them by name.
+
+    rank 2 is for the dataset itself: the distance to its nearest other transition.
+    """
+    obs_dim = sample.s.shape[-1]
+    rows = np.concatenate([sample.s, sample.a], axis=-1).reshape(-1, len(reference.std))
+    parts = {"state": slice(obs_dim), "action": slice(obs_dim, None), "state-action": slice(None)}
+    numbers = {}
+    for units, scale in {"raw": 1.0, "standardised": reference.std}.items():
+        for part, columns in parts.items():
+            data = (reference.sa / scale)[:, columns]
+            queries = (rows / scale)[:, columns]
+            distance = nearest_distance(data, queries, rank, device, label)
+            numbers[f"{part} novelty, {units}"] = distance.mean()
+            numbers[f"{part} novelty, {units}, squared"] = (distance**2).mean()
+    return numbers
+
+
+def correlation(x, y):
+    """Pearson's correlation where x is known; NaN if x or y does not vary. [N], [N] -> float"""
+    known = np.isfinite(x)
+    if known.sum() < 2:
+        return math.nan
+    warnings.filterwarnings("ignore", "An input array is constant")
+    return pearsonr(x[known], y[known]).statistic
+
+
+def measure(sample, answers, std):
+    """All numbers of a sample by name, but for the novelty. std [obs_dim].
+
+    Rewards that hold a penalty are left out of the rewards, windows with one in their condition out
+    of the controllability.
+    """
+    counted = ~sample.penalised
+    numbers = {
+        "transitions": sample.r.size,
+        "terminal": sample.terminal.mean(),
+        "reward": sample.r[counted].mean(),
+    }
+    if sample.source_r is not None:
+        numbers["reward of the sources"] = sample.source_r[counted].mean()
+    if answers:  # D.3, eq. 14
+        error = dynamic_error(sample.s_next.reshape(answers.s_next.shape), answers.s_next, std)
+        numbers |= {
+            "oracle reward, not penalised": np.nanmean(answers.r[counted.ravel()]),
+            "oracle reward": np.nanmean(answers.r),
+            "oracle terminal": answers.terminal.mean(),
+            "broken down": np.isnan(answers.r).mean(),
+            "dynamic MSE": np.nanmean(error),
+            "dynamic MSE, median": np.nanmedian(error),
+        }
+    if sample.condition is not None:  # F.6
+        numbers["controllability"] = correlation(sample.condition, sample.r.sum(axis=1))
+    return numbers
+
+
+# --- oracle ---
+
+
+def set_state(env, observation):
+    """Puts MuJoCo into the state of a flattened observation. What it does not hold, the position
+    in the world, is set to 0. Raises an error for an environment that it knows no way for."""
+    if hasattr(env, "point_env"):  # PointMaze: achieved goal, desired goal, position, velocity
+        env.goal = observation[2:4]
+        env.point_env.set_state(observation[4:6], observation[6:8])
+        return
+    nq = env.model.nq
+    nv = env.model.nv
+    if hasattr(env, "observation_structure"):
+        hidden = env.observation_structure.get("skipped_qpos", 0)
+    else:  # version 4
+        hidden = nq + nv - len(observation)
+    assert 0 <= hidden <= 2, "how its observations make a state is not known"
+    state = np.concatenate([np.zeros(hidden), observation])
+    env.set_state(state[:nq], state[nq : nq + nv])
+
+
+def ask_oracle(env, sample, label, roll_out=False):
+    """Returns the answers for the M transitions of a sample, None without an oracle.
+
+    For roll_out, MuJoCo's state is set to the first of a window only, and goes its own way then.
+    """
+    if env is None:
+        return None
+    env.reset(seed=0)
+    troubles = getattr(env, "point_env", env).data.warning.number
+    answers = []
+    windows = list(zip(sample.s, sample.a))
+    for states, actions in show_progress(windows, f"oracle, {label}"):
+        for t, (s, a) in enumerate(zip(states, actions)):
+            if t == 0 or not roll_out:
+                set_state(env, s.astype(np.float64))
+                troubles[:] = 0
+            observation, reward, terminated, _, _ = env.step(a)
+            s_next = gym.spaces.flatten(env.observation_space, observation)
+            if troubles.any():  # numbers out of all bounds: MuJoCo has gone back to its start
+                s_next = np.full_like(s_next, np.nan)
+                reward = np.nan
+            answers.append((s_next, reward, terminated))
+    return Answers(*map(np.array, zip(*answers)))
+
+
+def make_oracle(dataset):
+    """Makes the environment that was recorded, as it is registered here: no wrappers, no code that
+    the dataset names."""
+    name = env_id(dataset)
+    assert name, f"{dataset.id} names no environment"
+    if name not in gym.registry:
+        importlib.import_module("gymnasium_robotics")
+    assert name in gym.registry, f"{name} is not registered; see --env-package"
+    env = gym.make(gym.registry[name], **dataset.env_spec.kwargs).unwrapped
+    recorded = dataset.action_space
+    made = env.action_space
+    assert recorded == made, f"the actions of {dataset.id} are {recorded}, those of {name} {made}"
+    return env
+
+
+def find_oracle(dataset, episodes, std):
+    """Returns the environment that was recorded if MuJoCo reproduces the records, else None, and a
+    sentence that says so.
+
+    It has to reproduce a twentieth of 500 transitions, and fails where velocities were clipped when
+    they were observed (for random actions in Walker2d, three quarters of them).
+    """
+    records = sample_dataset(episodes, 500, np.random.default_rng(0))
+    try:
+        env = make_oracle(dataset)
+        answers = ask_oracle(env, records, "a trial")
+        states = dynamic_error(records.s_next[:, 0], answers.s_next, std) < 1e-6
+    except Exception as error:  # whatever an unknown environment does
+        return None, f"none ({' '.join(str(error).split())})"
+    rewards = np.abs(records.r[:, 0] - answers.r) < 1e-3
+    said = "MuJoCo reproduces {:.1%} of the recorded next states, {:.1%} of the rewards"
+    said = said.format(states.mean(), rewards.mean())
+    if states.mean() < 0.05:
+        return None, f"none, {said}"
+    return env, said
+
+
+# --- what the user gives ---
 
 
 def require(condition, message):
@@ -70,12 +284,41 @@ def require(condition, message):
 
 
 @contextmanager
-def blame(message):
-    """Turns an exception into one line: what is run inside fails by the user's data or machine."""
+def or_exit(message):
+    """Ends the program with one line if what is inside fails by the user's data or machine."""
     try:
         yield
     except Exception as error:
         require(False, f"{message} ({error})")
+
+
+MAY_BE_NEGATIVE = (
+    "reward_bias",
+    "min_gap",
+    "target_gap",
+    "target_return",
+    "source_min_return",
+    "p_mean",
+)
+MAY_BE_ZERO = ("seed", "eval_episodes", "warmup_steps", "reweight_bins")  # of the integers
+
+
+def check_flags(args):
+    """Ends the program if a flag is an empty text, NaN, a negative number, or a size of 0."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        require(value != "", f"{flag} is empty")
+        require(value == value, f"{flag} is not a number")
+        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
+            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+            require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+
+
+def show_progress(items, label):
+    """Returns the items behind a progress bar."""
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: a log file takes a line a minute
+    return tqdm(items, label, leave=False, mininterval=every, maxinterval=every)
 
 
 # --- data ---
@@ -93,26 +336,61 @@ SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
 class Episode(NamedTuple):
     observations: np.ndarray  # [T + 1, obs_dim]
     actions: np.ndarray  # [T, act_dim]
-    rewards: np.ndarray  # [T]
-    terminations: np.ndarray  # [T] whether the environment terminated; a truncation does not count
+    rewards: np.ndarray  # [T], float64: a sum of float16 overflows
+    terminals: np.ndarray  # [T] whether the environment terminated; a truncation is no terminal
+
+
+class Buffer(NamedTuple):
+    """What buffer.npz holds: N windows of H transitions, and where they come from."""
+
+    metadata: dict
+    observations: np.ndarray  # [N, H + 1, obs_dim]
+    actions: np.ndarray  # [N, H, act_dim]
+    rewards: np.ndarray  # [N, H]
+    terminals: np.ndarray  # [N, H]
+    episode: np.ndarray | None = None  # [N] source episode; a buffer of your own has no source
+    timestep: np.ndarray | None = None  # [N] the window's first step in it
+    return_to_go: np.ndarray | None = None  # [N] of the source from that step on, undiscounted
+    condition: np.ndarray | None = None  # [N] the return that was asked for
+
+
+def find_folder(name):
+    """Returns the folder of a Minari dataset of that name, here or beside this script, or None."""
+    here = Path(__file__).resolve().parent
+    for folder in (Path(name), here / name, here.parent / name):
+        if (folder / "data" / "metadata.json").is_file():
+            return folder / "data"
+
+
+def open_dataset(name):
+    """Opens a Minari dataset: a folder, or an id in Minari's cache, else on its hub."""
+    folder = find_folder(name)
+    with or_exit(f"--env {name} cannot be opened"):
+        if folder:
+            return minari.MinariDataset(folder)
+        require(name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+        is_id = re.fullmatch(r"[\w/-]+-v\d+", name)
+        require(is_id, f"--env {name}: no folder of a Minari dataset, no short name, no Minari id")
+        return minari.load_dataset(name, download=True)
 
 
 def open_datasets(env):
-    """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here, parts = Path(__file__).resolve().parent, env.split("+")
-    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
-        name = "+".join(parts[:n])
-        folders = [place / name / "data" for place in (Path(), here, here.parent)]
-        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
-            break
-    for pattern, ids in SHORT_NAMES.items():
-        name = name if folder else re.sub(f"^{pattern}$", ids, name)
-    first, *rest = [name] if folder else name.split("+")
-    if rest := [*rest, *parts[n:]]:
-        return open_datasets(first) + open_datasets("+".join(rest))
-    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
+    """Returns the datasets that --env names: one, or several of the same robot joined by +."""
+    names = []
+    parts = [env] if find_folder(env) else env.split("+")
+    for name in parts:
+        for pattern, minari_ids in SHORT_NAMES.items():
+            name = re.sub(f"^{pattern}$", minari_ids, name)
+        names += [name] if find_folder(name) else name.split("+")  # hopper-medium-expert: two
+    datasets = [open_dataset(name) for name in names]
+    first = datasets[0]
+    box = first.action_space
+    is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
+    require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
+    for other in datasets[1:]:
+        same = env_id(other) == env_id(first) and other.action_space == box
+        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    return datasets
 
 
 def env_id(dataset):
@@ -121,551 +399,706 @@ def env_id(dataset):
 
 
 def load_episodes(datasets):
-    """Returns all episodes, their observations as gymnasium.spaces.utils.flatten makes them."""
-    episodes, first = [], datasets[0]
+    """Returns all episodes, observations flattened as Gymnasium does. One ends at its terminal."""
+    episodes = []
+    num_left_out = 0
     for dataset in datasets:
-        space, box = dataset.observation_space, dataset.action_space
-        image = r"\(\d+, \d+, \d+|\(\d+, \d+\), uint8"  # wherever it is nested
-        fits = space.is_np_flattenable and not re.search(image, str(space))
-        require(fits, f"{dataset.id}: observations must be vectors of numbers, not {space}")
-        fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
-        require(fits, f"{dataset.id}: actions must be a vector of real numbers, not {box}")
-        fits = (env_id(dataset), box) == (env_id(first), first.action_space)
-        require(fits, f"{dataset.id}: another environment, or other actions, than {first.id}")
-        with blame(f"{dataset.id} cannot be read"):
-            raw = list(dataset.iterate_episodes())
-        for e in raw:
-            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
-                s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
-            shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
-            for key, x, shape in zip(Episode._fields, arrays, shapes):
-                name = f"{dataset.id}: {key} of episode {e.id}"
-                fits = len(x) == shape[0] and x.size == math.prod(shape)
-                require(fits, f"{name} have the shape {x.shape}, not {shape}")
-                fits = (np.abs(x) < np.finfo(np.float32).max).all()
-                require(fits, f"{name} hold NaN, or numbers too large for float32")
-            episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
-    names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
-    print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
-    sizes = {e.observations.shape[1] for e in episodes}
-    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
+        space = dataset.observation_space
+        with or_exit(f"{dataset.id} cannot be read, or its observations are no {space}"):
+            for record in dataset.iterate_episodes():
+                states = iterate(batch_space(space), record.observations)  # one by one
+                s = np.stack([gym.spaces.flatten(space, state) for state in states])
+                a = record.actions.reshape(len(record.actions), -1)
+                r = record.rewards.reshape(-1).astype(np.float64)
+                terminals = record.terminations.astype(bool)
+                T = terminals.argmax() + 1 if terminals.any() else len(r)
+                num_left_out += len(r) - T
+                episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
+    name = " + ".join(dataset.id for dataset in datasets)
+    require(episodes, f"{name} holds no episodes")
+    for i, e in enumerate(episodes):
+        T = len(e.rewards)
+        fits = len(e.observations) == T + 1
+        fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
+        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
+    num_transitions = sum(len(e.rewards) for e in episodes)
+    print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
+    if num_left_out:
+        print(f"left out: {num_left_out} transitions that follow a terminal within their episode")
     return episodes
 
 
 def read_buffer(path):
-    """Returns the arrays of buffer.npz, which the README lists, and its metadata."""
-    with blame(f"--aug {path}: no buffer of gta_augment.py"):
+    """Returns the buffer at path, of gta_augment.py or a program of your own."""
+    with or_exit(f"--aug {path}: no buffer of gta_augment.py"):
         with np.load(path, allow_pickle=False) as file:
-            buffer = dict(file)
-        metadata = json.loads(str(buffer.pop("metadata")))
-        kind = metadata["format"], metadata["format_version"]
-        finite = all(np.isfinite(x).all() for x in buffer.values())
-        buffer["terminals"] = buffer["terminals"].astype(bool)
-    require(kind == ("gta-buffer", 1), f"--aug {path}: {kind}, not version 1 of gta-buffer")
+            arrays = {key: file[key] for key in Buffer._fields if key in file}
+        metadata = json.loads(str(arrays.pop("metadata")))
+        buffer = Buffer(metadata, **arrays)
+        found = (metadata["format"], metadata["format_version"])
+    require(found == ("gta-buffer", 1), f"--aug {path}: {found}, not version 1 of gta-buffer")
+    finite = all(np.isfinite(x).all() for x in arrays.values())
     require(finite, f"--aug {path} holds NaN or infinite numbers")
-    return buffer, metadata
+    return buffer
 
 
-class Sample(NamedTuple):
-    """N subtrajectories of H transitions: of a buffer; or a dataset's transitions, H = 1."""
+def checksum(arrays):
+    """Returns a CRC of what the arrays hold: an input is that, not the name of its file."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
 
-    s: np.ndarray  # [N, H, obs_dim]
-    a: np.ndarray  # [N, H, act_dim]
-    r: np.ndarray  # [N, H]
-    s_next: np.ndarray  # [N, H, obs_dim]
-    terminal: np.ndarray  # [N, H] bool
-    penalised: np.ndarray  # [N, H] bool: the reward holds stage A's penalty and says nothing
-    condition: np.ndarray | None = None  # [N] the return that was asked for
-    source: np.ndarray | None = None  # [N, H] rewards of the window that it was made from
+
+def draw_windows(sample, num_transitions, rng):
+    """Draws whole windows, at most so many transitions, without replacement. Keeps their order."""
+    N, H = sample.r.shape
+    most = math.ceil(num_transitions / H)
+    if N <= most:
+        return sample
+    index = np.sort(rng.choice(N, most, replace=False))
+    return Sample(*(None if x is None else x[index] for x in sample))
 
 
 def sample_dataset(episodes, num_transitions, rng):
-    """Draws single transitions of the dataset without replacement."""
-    transitions = [(e.observations[:-1], *e[1:], e.observations[1:]) for e in episodes]
-    s, a, r, terminal, s_next = (np.concatenate(x) for x in zip(*transitions))
-    index = np.arange(len(r))
-    if num_transitions < len(index):
-        index = np.sort(rng.choice(index, num_transitions, replace=False))
-    s, a, r, s_next, terminal = (x[index][:, None] for x in (s, a, r, s_next, terminal))
-    return Sample(s, a, r, s_next, terminal, np.zeros_like(terminal))
+    """Draws single transitions of the dataset."""
+    transitions = []
+    for s, a, r, terminal in episodes:
+        transitions.append((s[:-1], a, r, s[1:], terminal))
+    fields = [np.concatenate(x)[:, None] for x in zip(*transitions)]
+    sample = Sample(*fields, penalised=np.zeros_like(fields[-1]))
+    return draw_windows(sample, num_transitions, rng)
 
 
 def add_state_noise(sample, std, sigma, rng):
     """S4RL: Gaussian noise of sigma deviations std [obs_dim] on s and s'."""
-    s, s_next = (x + sigma * std * rng.normal(size=x.shape) for x in (sample.s, sample.s_next))
+    s = rng.normal(sample.s, sigma * std)
+    s_next = rng.normal(sample.s_next, sigma * std)
     return sample._replace(s=s, s_next=s_next)
 
 
-def sample_buffer(buffer, metadata, episodes, num_transitions, rng):
-    """Draws whole subtrajectories of a buffer, made from these episodes, without replacement."""
-    index = np.arange(len(buffer["actions"]))
-    num_windows = math.ceil(num_transitions / buffer["actions"].shape[1])
-    if num_windows < len(index):
-        index = np.sort(rng.choice(index, num_windows, replace=False))
-    buffer = {key: x[index] for key, x in buffer.items()}
-    s, a, r = buffer["observations"], buffer["actions"], buffer["rewards"]
-    terminal = buffer["terminals"].astype(bool)
-    penalty = metadata.get("diffusion", {}).get("terminal_penalty", 0.0)  # A.1
-    penalised = terminal & (penalty != 0 and not metadata.get("restore_terminal_reward"))
-    sample = Sample(s[:, :-1], a, r, s[:, 1:], terminal, penalised, buffer.get("condition"))
-    if not {"episode", "timestep"} <= buffer.keys():  # SynthER's, a user's own: no source is named
+def sample_buffer(buffer, episodes, num_transitions, rng):
+    """Draws whole windows of a buffer, made from these episodes."""
+    stage_a = buffer.metadata.get("diffusion", {})
+    s, a, r, terminal = buffer[1:5]
+    terminal = terminal.astype(bool)
+    costly = terminal & (stage_a.get("terminal_penalty", 0.0) != 0)  # A.1
+    penalised = costly & (not buffer.metadata.get("restore_terminal_reward"))
+    sample = Sample(s[:, :-1], a, r.astype(np.float64), s[:, 1:], terminal, penalised)
+    if buffer.condition is not None:
+        condition = np.where(costly.any(axis=1), np.nan, buffer.condition)
+        sample = sample._replace(condition=condition)
+    if buffer.episode is not None and buffer.timestep is not None:  # not SynthER's, a user's own
+        source = np.column_stack([buffer.episode, buffer.timestep])
+        sample = add_sources(sample._replace(source=source), stage_a, episodes)
+    return draw_windows(sample, num_transitions, rng)
+
+
+def add_sources(sample, stage_a, episodes):
+    """Adds the rewards of the source windows, and what their H steps were asked for: the condition
+    is a discounted return to the episode's end, so what the source earned after them is no part."""
+    H = sample.r.shape[1]
+    penalty = stage_a.get("terminal_penalty", 0.0)
+    most = max(len(e.rewards) for e in episodes)
+    discount = stage_a.get("gamma", math.nan) ** np.arange(most + 1)
+    rewards = []
+    later = []
+    for i, t in sample.source:
+        r = episodes[i].rewards[t:]
+        rest = (r - penalty * episodes[i].terminals[t:])[H:]
+        rewards.append(r[:H])
+        later.append(rest @ discount[H : H + len(rest)])
+    source_r = np.stack(rewards)
+    sample = sample._replace(source_r=source_r)
+    if sample.condition is None or "gamma" not in stage_a:
         return sample
-    sources = zip(buffer["episode"], buffer["timestep"])
-    return sample._replace(
-        source=np.stack([episodes[i].rewards[t:][: r.shape[1]] for i, t in sources])
-    )
+    returns = np.stack([source_r, sample.r], axis=1) @ discount[:H]
+    return sample._replace(asked=sample.condition - later, returns=returns)
 
 
 def dataset_returns(episodes, horizon):
     """The reward sums of all windows of horizon transitions in the dataset. [W]"""
-    totals = [np.append(0.0, np.cumsum(e.rewards, dtype=np.float64)) for e in episodes]
+    totals = [np.append(0.0, np.cumsum(e.rewards)) for e in episodes]
     return np.concatenate([total[horizon:] - total[:-horizon] for total in totals])
 
 
 def make_reference(episodes):
-    """Returns the dataset's states and actions, to which distances are measured [N, obs_dim +
-    act_dim], their mean and their deviation."""
-    sa = np.concatenate([np.column_stack([e.observations[:-1], e.actions]) for e in episodes])
-    sa = sa.astype(np.float64)
+    """Returns the dataset's states and actions, and their deviation."""
+    rows = [np.column_stack([e.observations[:-1], e.actions]) for e in episodes]
+    sa = np.concatenate(rows, dtype=np.float64)
     std = sa.std(axis=0)
-    return sa, sa.mean(axis=0), np.where(std > 1e-6, std, 1.0)  # a constant keeps its units
+    return Reference(sa, np.where(std > 1e-6, std, 1.0))
 
 
-# --- oracle ---
+def load_sample(path, args, inputs, episodes):
+    """Returns what is drawn of the buffer at path, and its metadata. Ends the program if it was
+    made from other data."""
+    buffer = read_buffer(path)
+    for key in ("dataset_ids", "dataset_crc"):
+        found = buffer.metadata.get(key, inputs[key])  # a buffer of your own may lack it
+        same = found == inputs[key]
+        require(same, f"--aug {path} was made from {key} {found}, not from {inputs[key]}")
+    N, H = buffer.actions.shape[:2]
+    s, a = episodes[0][:2]
+    shapes = [(N, H + 1, s.shape[1]), (N, H, a.shape[1]), (N, H), (N, H)]
+    found = [x.shape for x in buffer[1:5]]
+    require(found == shapes, f"--aug {path}: its arrays are {found}, not {shapes}")
+    with or_exit(f"--aug {path}: its sources are not in the dataset"):
+        rng = np.random.default_rng(args.seed)
+        sample = sample_buffer(buffer, episodes, args.num_transitions, rng)
+    crc = checksum(x for x in buffer[1:] if x is not None)
+    return sample, {**buffer.metadata, "file": path, "crc": crc}
 
 
-class Answers(NamedTuple):
-    """What MuJoCo says, its state set to s and stepped with a. M transitions."""
+# --- tables ---
 
-    s_next: np.ndarray  # [M, obs_dim]; NaN, as r, where the simulation breaks down
-    r: np.ndarray  # [M]
-    terminal: np.ndarray  # [M] bool: the environment would have terminated
-    unhealthy: np.ndarray  # [M] 1 where it calls s so, NaN if it does not judge
-
-
-def set_state(env, observation):
-    """Puts MuJoCo into the state of a flattened observation. What it does not hold, the position
-    in the world, is set to 0. Raises ValueError for an environment that it knows no way for."""
-    if hasattr(env, "point_env"):  # PointMaze: achieved goal, desired goal, position, velocity
-        env.goal = observation[2:4]
-        env.point_env.set_state(observation[4:6], observation[6:8])
-        return
-    nq, nv = env.model.nq, env.model.nv
-    if hasattr(env, "observation_structure"):
-        hidden = env.observation_structure.get("skipped_qpos", 0)
-    else:  # version 4
-        hidden = nq + nv - len(observation)
-    if not 0 <= hidden <= 2:
-        raise ValueError("how its observations make a state is not known")
-    qpos = np.concatenate([np.zeros(hidden), observation[: nq - hidden]])
-    env.set_state(qpos, observation[nq - hidden : nq - hidden + nv])
+HEADLINES = {  # the first lines of the table: names in metrics.json, and what is printed
+    "reward of the sources": "reward of the sources, per step",
+    "reward": "reward as generated, per step",
+    "oracle reward, not penalised": "true reward (MuJoCo), per step",
+    "dynamic MSE": "error of s', mean square, standardised",
+    "controllability": "controllability, Pearson's r",
+}
+PAPER = {  # GTA's true reward (Table 21), error of s' (Table 23), and controllability (F.6)
+    "halfcheetah-medium": (6.08, 0.0085, 0.55),
+    "halfcheetah-medium-replay": (3.99, 0.0125, 0.91),
+    "halfcheetah-medium-expert": (10.07, 0.0079, 0.99),
+    "hopper-medium": (3.28, 0.0008),
+    "hopper-medium-replay": (2.70, 0.0012),
+    "hopper-medium-expert": (3.87, 0.0008),
+    "walker2d-medium": (3.51, 0.0298),
+    "walker2d-medium-replay": (3.35, 0.0277),
+    "walker2d-medium-expert": (4.81, 0.0349),
+}
 
 
-def ask_oracle(env, states, actions, label):
-    """Answers for states [M, obs_dim] and actions [M, act_dim]."""
-    answers = []
-    env.reset(seed=0)
-    troubles = getattr(env, "point_env", env).data.warning.number
-    for s, a in zip(tqdm(states, f"oracle, {label}", leave=False), actions):
-        set_state(env, s.astype(np.float64))
-        unhealthy = not env.is_healthy if hasattr(env, "is_healthy") else np.nan
-        troubles[:] = 0
-        observation, reward, terminated, _, _ = env.step(a)
-        s_next = gym.spaces.flatten(env.observation_space, observation)
-        if troubles.any():  # numbers out of all bounds: MuJoCo has gone back to its start
-            s_next, reward = np.full_like(s_next, np.nan), np.nan
-        answers.append((s_next, reward, terminated, unhealthy))
-    return Answers(*map(np.array, zip(*answers)))
+def find_paper_values(dataset_ids):
+    """Returns the paper's values of the headlines for a dataset like this one, {} if it has none.
+    mujoco/hopper/medium-v0 and mujoco/hopper/expert-v0 are hopper-medium-expert."""
+    words = re.findall(r"halfcheetah|hopper|walker2d|medium|replay|expert", " ".join(dataset_ids))
+    values = PAPER.get("-".join(dict.fromkeys(words)), ())
+    return dict(zip(list(HEADLINES)[2:], values))
 
 
-def find_oracle(dataset, episodes, std):
-    """Returns the environment that was recorded if MuJoCo reproduces the records, else None, and a
-    sentence that says so. It is the registered one: no wrappers, no code that the dataset names.
-
-    It has to reproduce a twentieth of 500 transitions, and fails where velocities were clipped when
-    they were observed (for random actions in Walker2d, three quarters of them).
-    """
-    spec = json.loads(dataset.storage.metadata.get("env_spec") or "{}")
-    if not spec:
-        return None, f"none, {dataset.id} names no environment"
-    name, kwargs, steps = spec["id"], spec.get("kwargs", {}), spec.get("max_episode_steps")
-    if wrappers := [wrapper["name"] for wrapper in spec.get("additional_wrappers", [])]:
-        print(f"oracle: {name} without the wrappers {', '.join(wrappers)}")
-    s, a, r, s_next = (x[:, 0] for x in sample_dataset(episodes, 500, np.random.default_rng(0))[:4])
-    kwargs |= {"max_episode_steps": steps and int(steps)}  # Minari has 1000000.0
-    try:
-        env = gym.make(name if name in gym.registry else f"gymnasium_robotics:{name}", **kwargs)
-        own, other = dataset.action_space, env.action_space
-        bounds = (own.low, own.high), (other.low, other.high)
-        if own.shape != other.shape or not np.allclose(*bounds):
-            return None, f"none, the actions of {dataset.id} are {own}, those of {name} {other}"
-        answers = ask_oracle(env.unwrapped, s, a, "a trial")
-        same_state = dynamic_error(s_next, answers.s_next, std) < 1e-6
-    except Exception as error:  # whatever an unknown environment does
-        renderer = f", MUJOCO_GL is {os.environ.get('MUJOCO_GL')}" * ("MUJOCO_GL" in os.environ)
-        return None, f"none for {name}{renderer} ({error})"
-    shares = same_state.mean(), (np.abs(r - answers.r) < 1e-3).mean()
-    said = "MuJoCo reproduces {:.1%} of the recorded next states, {:.1%} of the rewards"
-    said = said.format(*shares)
-    return (env.unwrapped, said) if shares[0] >= 0.05 else (None, f"none, {said}")
+def tabulate_numbers(args, numbers, paper):
+    """Returns the table of numbers {sample: {name: number}}: the headlines, and the rest with
+    --all. paper is {name: number}."""
+    names = dict.fromkeys(HEADLINES)
+    columns = {**numbers, "GTA in the paper": paper} if paper else numbers
+    if args.all:
+        for column in numbers.values():
+            names |= dict.fromkeys(column)
+    rows = [[args.env, *columns]]
+    for name in names:
+        cells = [HEADLINES.get(name, name)]
+        for column in columns.values():
+            value = column.get(name)
+            cell = "-" if value is None else f"{value:.4g}"
+            source = column.get("reward of the sources")
+            if name == "oracle reward, not penalised" and source and value is not None:
+                cell += f" ({(value - source) / abs(source):+.1%})"
+            cells.append(cell)
+        rows.append(cells)
+    return rows
 
 
-# --- metrics ---
-
-
-def dynamic_error(s_next, s_true, std):
-    """Squared error of s' in standardised dimensions, their mean (eq. 11, 14). [M, d] -> [M]"""
-    return (((s_next - s_true) / std) ** 2).mean(axis=-1)
-
-
-def nearest_by_product(data, queries, rank):
-    """What nearest_distance does, on a GPU; data and queries are centred. [N, d], [B, d] -> [B]
-
-    |x|^2 / 2 - q . x, one matrix product in float64, ranks the rows x; the distance to the ones it
-    finds is then taken from their difference, so that a copy's is 0.
-    """
-    score = torch.addmm(data.square().sum(1) / 2, queries, data.T, alpha=-1)
-    nearest = data[score.topk(rank, largest=False).indices]  # [B, rank, d]
-    return (nearest - queries[:, None]).norm(dim=-1).amax(1)
-
-
-def nearest_distance(data, queries, rank, device, label=""):
-    """Distance from every query to its rank-th nearest row of data. [N, d], [M, d] -> [M]"""
-    size = max(1, min(10_000, 100_000_000 // len(data)))
-    chunks = np.split(queries, range(size, len(queries), size))
-    chunks = tqdm(chunks, f"nearest, {label}", leave=False)
-    if device == "cpu":
-        tree = cKDTree(data)
-        return np.concatenate([tree.query(q, k=[rank], workers=-1)[0][:, 0] for q in chunks])
-    centre = data.mean(0)
-    data = torch.from_numpy(data - centre).to(device)
-    chunks = (torch.from_numpy(q - centre).to(device) for q in chunks)
-    return torch.cat([nearest_by_product(data, q, rank) for q in chunks]).cpu().numpy()
-
-
-def novelty(reference, sample, rank, device, label=""):
-    """Mean distance to the nearest transition of the dataset (eq. 12, 15), plain and squared, of
-    states, actions and both, in the environment's units and standardised. Returns them by name.
-
-    rank 2 is for the dataset itself: the distance to its nearest other transition.
-    """
-    obs_dim, numbers = sample.s.shape[-1], {}
-    data, mean, std = reference
-    queries = np.concatenate([sample.s, sample.a], axis=-1).reshape(-1, len(mean))
-    parts = {"state": np.s_[:, :obs_dim], "action": np.s_[:, obs_dim:], "state-action": np.s_[:, :]}
-    for units in ("raw", "standardised"):
-        if units == "standardised":
-            data, queries = (data - mean) / std, (queries - mean) / std
-        for part, columns in parts.items():
-            distance = nearest_distance(data[columns], queries[columns], rank, device, label)
-            numbers[f"{part} novelty, {units}"] = distance.mean()
-            numbers[f"{part} novelty, {units}, squared"] = (distance**2).mean()
-    return numbers
-
-
-def correlation(x, y):
-    """Pearson's correlation; NaN if one of the two does not vary. [N], [N] -> float"""
-    varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
-    return float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
-
-
-def measure(sample, answers, std, space):
-    """All numbers of a sample by name, but for the novelty. std [obs_dim], space of the actions.
-
-    Rewards that hold a penalty are left out of the rewards, subtrajectories with one out of the
-    controllability.
-    """
-    counted = ~sample.penalised
-    whole = counted.all(axis=1)
-    numbers = {
-        "transitions": sample.r.size,
-        "terminal": sample.terminal.mean(),
-        "actions at a bound": ((sample.a <= space.low) | (sample.a >= space.high)).mean(),
-        "reward of the sources": math.nan,
-        "reward": sample.r[counted].mean(dtype=np.float64),
-    }
-    if sample.source is not None:
-        numbers["reward of the sources"] = sample.source[counted].mean()
-    if answers:  # D.3, eq. 14
-        error = dynamic_error(sample.s_next.reshape(answers.s_next.shape), answers.s_next, std)
-        numbers |= {
-            "oracle reward, not penalised": np.nanmean(answers.r.reshape(counted.shape)[counted]),
-            "oracle reward": np.nanmean(answers.r),
-            "oracle terminal": answers.terminal.mean(),
-            "unhealthy states": answers.unhealthy.mean(),
-            "broken down": np.isnan(answers.r).mean(),
-            "dynamic MSE": np.nanmean(error),
-            "dynamic MSE, median": np.nanmedian(error),
-        }
-    if sample.condition is not None:  # F.6
-        returns = sample.r.sum(axis=1, dtype=np.float64)
-        numbers["controllability"] = correlation(sample.condition[whole], returns[whole])
-    return numbers
-
-
-# --- output ---
+LAYOUTS = {  # of a line of a table: how it begins, what parts its cells, how it ends
+    "text": ("", "  ", ""),
+    "markdown": ("| ", " | ", " |"),
+    "latex": ("", " & ", r" \\"),
+}
 
 
 def render(rows, form):
     """Lays out a table, a list of rows of strings whose first is the head."""
-    if form == "latex":
-        rows = [[re.sub(r"([%&_#])", r"\\\1", cell) for cell in row] for row in rows]
-        rows = [[cell.replace("+-", r"$\pm$") for cell in row] for row in rows]
-        head, *body = [" & ".join(row) + r" \\" for row in rows]
-        begin = r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}"
-        return "\n".join([begin, head, r"\hline", *body, r"\end{tabular}"])
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    first, between, last = LAYOUTS[form]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join(cells) if form == "text" else f"| {' | '.join(cells)} |")
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append(first + between.join(cells) + last)
     if form == "markdown":
-        lines.insert(1, "|" + "|".join(["---", *["---:"] * (len(rows[0]) - 1)]) + "|")
+        lines.insert(1, "|---" + "|---:" * (len(widths) - 1) + "|")
+    if form == "latex":
+        lines = [re.sub("([%_#])", r"\\\1", line).replace("+-", r"$\pm$") for line in lines]
+        lines = [r"\begin{tabular}{l" + "r" * (len(widths) - 1) + "}", *lines, r"\end{tabular}"]
     return "\n".join(lines)
 
 
-def draw_figure(episodes, samples, answers):
-    """Two pictures for every buffer: how the returns of subtrajectories are distributed (Figures
-    4c, 8), and condition against generated return (Figure 7). samples and answers are by name."""
-    figure = Figure(figsize=(7.0, 2.6 * len(samples)), layout="constrained")
-    axes = figure.subplots(len(samples), 2, squeeze=False)
-    for (left, right), (name, sample) in zip(axes, samples.items()):
-        horizon, whole = sample.r.shape[1], ~sample.penalised.any(axis=1)
-        generated = sample.r.sum(axis=1)[whole]
-        returns = {"dataset": dataset_returns(episodes, horizon), "generated": generated}
-        if answers[name]:
-            oracle = answers[name].r.reshape(sample.r.shape).sum(axis=1)[whole]
-            returns["oracle"] = oracle[np.isfinite(oracle)]
-        returns = {label: values for label, values in returns.items() if len(values)}
-        # without outliers, but with all of a small buffer that lies beyond a large dataset
-        low, high = zip(*(np.quantile(values, [0.002, 0.998]) for values in returns.values()))
-        num_bins = int(np.clip(math.sqrt(whole.sum()), 5, 60))
-        bins = np.histogram_bin_edges([], num_bins, (min(low), max(high)))
-        for (label, values), colour in zip(returns.items(), ("0.6", "tab:blue", "tab:orange")):
-            style = {"alpha": 0.5} if label == "dataset" else {"histtype": "step", "linewidth": 1.4}
-            left.hist(values, bins, density=True, color=colour, label=label, **style)
-        left.set(xlabel=f"return of {horizon} transitions", ylabel="density")
-        left.set_title(textwrap.fill(name, 45), fontsize=9)
-        left.legend(frameon=False)
-        if sample.condition is None:
-            right.set_axis_off()
-            continue
-        condition = sample.condition[whole]
-        shown = np.random.default_rng(0).permutation(len(condition))[:5000]
-        right.scatter(condition[shown], generated[shown], s=4, alpha=0.3, linewidths=0)
-        right.set(xlabel="condition", ylabel="generated return")
-        right.set_title(f"Pearson's r = {correlation(condition, generated):.2f}", fontsize=9)
+# --- figures ---
+
+
+STYLES = {
+    "dataset": {"color": "0.5", "linestyle": ":"},
+    "source": {"color": "0.5", "linestyle": ":"},
+    "generated": {"color": "C0", "linestyle": "-"},
+    "true (MuJoCo)": {"color": "C1", "linestyle": "--"},
+}
+
+
+def draw_returns(episodes, sample, answers, axes):
+    """Draws how the returns of windows are distributed (Figures 4c, 8)."""
+    H = sample.r.shape[1]
+    whole = ~sample.penalised.any(axis=1)
+    returns = {"dataset": dataset_returns(episodes, H), "generated": sample.r.sum(axis=1)[whole]}
+    if answers:
+        true = answers.r.reshape(sample.r.shape).sum(axis=1)[whole]
+        returns["true (MuJoCo)"] = true[np.isfinite(true)]
+    for label, values in returns.items():
+        if len(values) > 0:
+            bounds = np.quantile(values, [0.002, 0.998])  # without outliers
+            style = STYLES[label]
+            axes.hist(values, 30, range=bounds, density=True, histtype="step", label=label, **style)
+    axes.set(xlabel=f"return of {H} transitions", ylabel="density")
+
+
+def draw_condition(sample, axes):
+    """Draws what windows were asked for against what they return (Figure 7): both as discounted
+    returns of their H steps, as the sources' are."""
+    shown = np.flatnonzero(np.isfinite(sample.asked))
+    shown = np.random.default_rng(0).permutation(shown)[:5000]
+    asked = sample.asked[shown]
+    for label, returns in zip(("source", "generated"), sample.returns[shown].T):
+        colour = STYLES[label]["color"]
+        axes.scatter(asked, returns, s=4, color=colour, alpha=0.4, label=label)
+    middle = asked.mean()
+    axes.axline((middle, middle), slope=1, color="k", linestyle="--", label="as asked")
+    axes.set(xlabel="asked for", ylabel="discounted return")
+
+
+def make_trajectories(episodes, sample, env):
+    """Returns states and rewards {name: [H, obs_dim + 1]} of the window whose gain is the median:
+    its source, what was generated, and where MuJoCo goes from its state under its actions."""
+    gain = (sample.r - sample.source_r).sum(axis=1)
+    i = np.argsort(gain)[len(gain) // 2]
+    episode, t = sample.source[i]
+    s = sample.s[i]
+    source_s = episodes[episode].observations[t : t + len(s)]
+    trajectories = {
+        "source": np.column_stack([source_s, sample.source_r[i]]),
+        "generated": np.column_stack([s, sample.r[i]]),
+    }
+    window = Sample(*(x[i : i + 1] for x in sample[:6]))
+    answers = ask_oracle(env, window, "a window", roll_out=True)
+    if answers:
+        true_s = np.concatenate([s[:1], answers.s_next[:-1]])
+        trajectories["true (MuJoCo)"] = np.column_stack([true_s, answers.r])
+    return trajectories
+
+
+def draw_column(trajectories, column, name, axes):
+    """Draws a state's dimension, or the reward, of trajectories by step."""
+    for label, trajectory in trajectories.items():
+        axes.plot(trajectory[:, column], label=label, **STYLES[label])
+    axes.set(xlabel="step of a window", ylabel=name)
+
+
+def draw_path(trajectories, maze, axes):
+    """Draws trajectories over the walls of a maze."""
+    walls = [[cell == 1 for cell in row] for row in maze.maze_map]
+    x = maze.x_map_center
+    y = maze.y_map_center
+    axes.imshow(walls, cmap="Greys", alpha=0.3, extent=(-x, x, -y, y))
+    for label, trajectory in trajectories.items():
+        axes.plot(trajectory[:, 0], trajectory[:, 1], label=label, **STYLES[label])
+
+
+def list_pictures(episodes, sample, answers, env, std):
+    """Returns the functions that draw the pictures that a buffer has, each onto axes."""
+    pictures = [partial(draw_returns, episodes, sample, answers)]
+    if sample.asked is not None and np.isfinite(sample.asked).any():
+        pictures.append(partial(draw_condition, sample))
+    if sample.source is None or sample.r.shape[1] == 1:
+        return pictures
+    trajectories = make_trajectories(episodes, sample, env)
+    pictures.append(partial(draw_column, trajectories, -1, "reward"))
+    if hasattr(env, "maze"):
+        return [*pictures, partial(draw_path, trajectories, env.maze)]
+    change = np.abs(trajectories["generated"] - trajectories["source"]).max(axis=0)
+    for i in np.argsort(-change[:-1] / std)[:3]:
+        pictures.append(partial(draw_column, trajectories, i, f"state, dimension {i}"))
+    return pictures
+
+
+def draw_figure(pictures):
+    """Draws pictures {title: functions that draw onto axes}, at most three side by side."""
+    most = max(map(len, pictures.values()))
+    width = min(most, 3)
+    height = math.ceil(most / 3)
+    figure = Figure((1 + 3 * width, 2.8 * height * len(pictures)), layout="constrained")
+    parts = figure.subfigures(len(pictures), squeeze=False)[:, 0]
+    for part, (title, functions) in zip(parts, pictures.items()):
+        part.suptitle(textwrap.fill(title, 90), fontsize=9)
+        for number, draw in enumerate(functions, 1):
+            axes = part.add_subplot(height, width, number)
+            draw(axes)
+            axes.legend(frameon=False, fontsize=7)
     return figure
 
 
-def save_figure(figure, path):
-    """Writes under another name, then renames."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    figure.savefig(temporary, format=Path(path).suffix[1:], dpi=130)
-    os.replace(temporary, path)
+# --- files ---
+
+# what may differ when a run goes on: names of inputs (their checksums count), places
+FREE = (
+    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
+    *("device", "track", "out", "versions"),
+)
 
 
-def check_out(args):
-    """Ends the program with one line if --out or --plot would replace what was made with other
-    flags. Returns the figure that belongs to --out."""
-    out, old = Path(args.out), {}
-    if out.exists():
-        with blame(f"--out {out}: no file of metrics.py; choose another --out"):
-            old = json.loads(out.read_text())["args"]
-        free = {"out", "plot", "table", "device", "track"}
-        new = {key: x for key, x in json.loads(json.dumps(asdict(args))).items() if key not in free}
-        other = [f"{key} {old.get(key)}" for key, x in new.items() if x != old.get(key)]
-        require(not other, f"{out} was made with {', '.join(other)}; choose another --out")
-    is_free = not args.plot or args.plot == old.get("plot") or not Path(args.plot).exists()
-    require(is_free, f"--plot {args.plot} is there, of other flags; choose another name")
-    return args.plot or old.get("plot")
+def require_same(path, old, new, flag="--out"):
+    """Ends the program unless what is at path was made with the same flags from the same inputs."""
+    new = json.loads(json.dumps(new))  # as old, which comes from a file
+    for key, value in new.items():
+        same = key in FREE or old.get(key) == value
+        require(same, f"{path} was made with {key} {old.get(key)}; choose another {flag}")
+
+
+@contextmanager
+def new_file(path):
+    """Gives a name to write to; what is written takes its place at path when it is whole."""
+    path = Path(path).resolve()  # a symbolic link stays one
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # of PyTorch, for a full disk
+        require(False, f"{path} cannot be written ({error})")
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def try_to_write(path):
+    """Ends the program now if no file could be written at path when the work is done."""
+    folder = Path(path).resolve().parent
+    with or_exit(f"{path} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def name_figure(settings):
+    """Returns what stands in a figure as its title, which tells the command that made it."""
+    return f"metrics.py {zlib.crc32(json.dumps(settings).encode()):08x}"
+
+
+def claim_figure(path, settings):
+    """Ends the program if the figure cannot be written, or would replace another command's."""
+    if path is None:
+        return
+    fits = Path(path).suffix in (".png", ".pdf", ".svg")
+    require(fits, f"--plot {path}: must end in .png, .pdf or .svg")
+    if Path(path).exists():
+        is_ours = name_figure(settings).encode() in Path(path).read_bytes()
+        require(is_ours, f"{path} is not of this command; choose another --plot")
+    try_to_write(path)
+
+
+def save_figure(figure, path, settings):
+    """Writes a figure, its title in it."""
+    title = name_figure(settings)
+    with new_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=130, metadata={"Title": title})
+    print(f"wrote {path}")
+
+
+def claim_report(path, settings):
+    """Ends the program if metrics.json cannot be written, or was made by another command."""
+    if Path(path).exists():
+        with or_exit(f"--out {path}: no file of metrics.py; choose another --out"):
+            old = json.loads(Path(path).read_text())
+            old = {**old["args"], **old}
+        require_same(path, old, settings)
+    try_to_write(path)
+
+
+# --- buffers ---
+
+
+def draw_samples(args, inputs, episodes, std):
+    """Returns what is drawn of the dataset and of all buffers {name: Sample}, and the buffers'
+    metadata {name: dictionary}."""
+    rng = np.random.default_rng(args.seed)
+    samples = {"dataset": sample_dataset(episodes, args.num_transitions, rng)}
+    buffers = {}
+    for path in args.aug:
+        sample, metadata = load_sample(path, args, inputs, episodes)
+        label = metadata.get("label", metadata["method"])
+        name = f"{label} {path}" if label in samples else label
+        samples[name] = sample
+        buffers[name] = metadata
+    if args.s4rl_sigma:
+        noised = add_state_noise(samples["dataset"], std, args.s4rl_sigma, rng)
+        samples[f"s4rl({args.s4rl_sigma})"] = noised
+    return samples, buffers
+
+
+def load_inputs(args):
+    """Returns the datasets of --env, their episodes, and what tells them from others."""
+    args.env = args.env or read_buffer(args.aug[0]).metadata.get("env", DEFAULT_ENV)
+    datasets = open_datasets(args.env)
+    episodes = load_episodes(datasets)
+    inputs = {
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+    return datasets, episodes, inputs
+
+
+def write_report(args, report):
+    """Writes metrics.json."""
+    with new_file(args.out) as file:
+        file.write_text(json.dumps({**report, "args": asdict(args)}, indent=2) + "\n")
+    print(f"wrote {args.out}")
 
 
 def measure_buffers(args):
     """Prints the table of --aug, writes --out and --plot."""
-    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
-    args.env = args.env or read_buffer(args.aug[0])[1].get("env", DEFAULT_ENV)
-    check_out(args)
-    datasets = open_datasets(args.env)
-    episodes, ids = load_episodes(datasets), [dataset.id for dataset in datasets]
+    if args.env_package:
+        sys.path.append(os.getcwd())
+        with or_exit(f"--env-package {args.env_package} cannot be imported"):
+            importlib.import_module(args.env_package)
+    datasets, episodes, inputs = load_inputs(args)
+    reference = make_reference(episodes)
+    std = reference.std[: episodes[0].observations.shape[1]]
+    samples, buffers = draw_samples(args, inputs, episodes, std)
+    settings = {key: getattr(args, key) for key in ("s4rl_sigma", "num_transitions", "seed")}
+    settings |= {**inputs, "buffer_crcs": [metadata["crc"] for metadata in buffers.values()]}
+    claim_report(args.out, settings)
+    claim_figure(args.plot, settings)
     if args.track:
         import wandb
 
-        with blame("--track"):
-            wandb.init(config=asdict(args))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-
-    reference, rng = make_reference(episodes), np.random.default_rng(args.seed)
-    samples, buffers = {"dataset": sample_dataset(episodes, args.num_transitions, rng)}, {}
-    obs_dim, act_dim = (x.shape[-1] for x in samples["dataset"][:2])
-    std = reference[2][:obs_dim]
-    for path in args.aug:
-        buffer, metadata = read_buffer(path)
-        made_from = metadata.get("dataset_ids")
-        require(made_from == ids, f"--aug {path} was made from {made_from}, --env is {ids}")
-        with blame(f"--aug {path}: its arrays do not fit together"):
-            own_rng = np.random.default_rng(args.seed)
-            sample = sample_buffer(buffer, metadata, episodes, args.num_transitions, own_rng)
-        own, N_H = [x.shape for x in sample[:4]], sample.r.shape
-        expected = [(*N_H, obs_dim), (*N_H, act_dim), N_H, (*N_H, obs_dim)]
-        require(own == expected, f"--aug {path}: s, a, r, s' are {own}, not {expected}")
-        label = metadata.get("label", metadata.get("method", ""))
-        name = f"{label} {path}" if label in samples else label
-        samples[name], buffers[name] = sample, {**metadata, "file": path}
-    if args.s4rl_sigma:
-        noised = add_state_noise(samples["dataset"], std, args.s4rl_sigma, rng)
-        samples[f"s4rl({args.s4rl_sigma})"] = noised
+        with or_exit("--track"):
+            wandb.init(config={**asdict(args), **settings})
 
     env, oracle = find_oracle(datasets[0], episodes, std)
-    print("oracle:", oracle := " ".join(oracle.split()))
-    answers, numbers = {}, {}
+    print("oracle:", oracle)
+    numbers = {}
+    pictures = {}
     for name, sample in samples.items():
-        s, a = (x.reshape(-1, x.shape[-1]) for x in (sample.s, sample.a))
-        answers[name] = ask_oracle(env, s, a, name) if env else None
-        own = measure(sample, answers[name], std, datasets[0].action_space)
-        own |= novelty(reference, sample, 2 if name == "dataset" else 1, args.device, name)
-        numbers[name] = {key: None if math.isnan(x) else x for key, x in own.items()}
-    rows = [[args.env, *samples]]
-    for key in dict.fromkeys(key for own in numbers.values() for key in own):
-        cells = [own.get(key) for own in numbers.values()]
-        cells = ["-" if x is None else f"{x:.4g}" if x < 1000 else f"{x:.0f}" for x in cells]
-        rows.append([key, *cells])
-
-    versions = {package.__name__: package.__version__ for package in (torch, np, gym, minari)}
-    moments = {"mean": reference[1].tolist(), "std": reference[2].tolist()}
-    report = {"numbers": numbers, "buffers": buffers, "oracle": oracle, "standardisation": moments}
-    report |= {"dataset_ids": ids, "env_id": env_id(datasets[0]), "versions": versions}
-    report["args"] = {**asdict(args), "plot": check_out(args)}
-    text, temporary = json.dumps(report, indent=2), f"{args.out}.{os.getpid()}.tmp"
-    Path(temporary).write_text(text + "\n")
-    os.replace(temporary, args.out)
-    if args.plot:
-        buffers = {name: samples[name] for name in buffers}
-        save_figure(draw_figure(episodes, buffers, answers), args.plot)
+        answers = ask_oracle(env, sample, name)
+        rank = 2 if name == "dataset" else 1
+        found = measure(sample, answers, std)
+        found |= novelty(reference, sample, rank, args.device, name)
+        numbers[name] = {key: None if math.isnan(x) else float(x) for key, x in found.items()}
+        if name in buffers:
+            pictures[name] = list_pictures(episodes, sample, answers, env, std)
+    rows = tabulate_numbers(args, numbers, find_paper_values(inputs["dataset_ids"]))
     print(render(rows, args.table))
-    print(f"wrote {args.out}" + f" and {args.plot}" * bool(args.plot))
+    write_report(args, {"numbers": numbers, "buffers": buffers, "oracle": oracle, **settings})
+    if args.plot:
+        save_figure(draw_figure(pictures), args.plot, settings)
     if args.track:
-        wandb.log({f"{name}/{key}": x for name, own in numbers.items() for key, x in own.items()})
+        wandb.log(numbers)
 
 
 # --- runs ---
 
+# keys of config.json that may differ between what is compared: what is compared, seeds and places
+MAY_DIFFER = {
+    *(*FREE, "script", "seed", "num_seeds", "aug_label", "aug_only", "s4rl_sigma"),
+    *("env_id", "dataset_ids", "dataset_crc", "buffer_crc", "model_crc", "task", "n_step"),
+}
+
+
+class Run(NamedTuple):
+    folder: Path
+    config: dict
+    curves: dict  # {seed: {update: score}}
+    script: str
+    augmentation: str
+    environment: str
+    dataset: int | str  # checksum, or the environment's name in an older run
+    buffer: int | None  # checksum, if it was trained on one
+
+
+def note(line):
+    """Says something beside the tables."""
+    print(line, file=sys.stderr)
+
+
+def parse_run(folder):
+    """Returns the run in a folder. Raises an error if it has not come to its end."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["script"] == "drqbc":  # each seed has its own latents, and buffers of them
+        config |= {"dataset_crc": None, "buffer_crc": None}
+    curves = defaultdict(dict)
+    rows = np.loadtxt(folder / "evals.csv", delimiter=",", skiprows=1, ndmin=2)
+    for update, agent, _, score in rows:
+        curves[config["seed"] + int(agent)][int(update)] = score
+    steps = config["train_steps"]
+    num_ended = sum(max(curve) >= steps for curve in curves.values())
+    assert num_ended == config["num_seeds"], f"not evaluated at update {steps}"
+    environment = config["env"]
+    names = (config["script"], config["aug_label"], environment)
+    dataset = config.get("dataset_crc") or environment
+    return Run(folder, config, curves, *names, dataset, config.get("buffer_crc"))
+
 
 def read_runs(folders):
-    """Returns {(algorithm, augmentation): {environment: {seed: {update: score}}}}.
-
-    Of two runs of the same seed the later one among the folders counts. Says so, and which runs are
-    left out, and where runs that share a cell were not made alike.
-    """
-    table, settings = defaultdict(lambda: defaultdict(dict)), {}
-    free = {"seed", "num_seeds", "env", "aug", "finetune", "out", "device", "track", "versions"}
+    """Returns the runs in folders. Says which are left out."""
+    runs = []
     for folder in map(Path, folders):
-        if not (folder / "evals.csv").exists():
-            print(f"left out: {folder} holds no evals.csv", file=sys.stderr)
-            continue
-        with blame(f"--runs {folder}: not a folder of a run, as runs/*"):
-            config = json.loads((folder / "config.json").read_text())
-            lines = (folder / "evals.csv").read_text().splitlines()[1:]
-            evals = [[float(x) for x in line.split(",")] for line in lines]
-            seed, steps, env = (config[key] for key in ("seed", "train_steps", "env"))
-            row, curves = (config["script"], config["aug_label"]), defaultdict(dict)
-        if not evals or evals[-1][0] < steps:
-            print(f"left out: {folder} was not evaluated at update {steps}", file=sys.stderr)
-            continue
-        for update, agent, _, score in evals:
-            curves[seed + int(agent)][int(update)] = score
-        cell, where = table[row][env], f"{' + '.join(row)}, {env}"
-        if again := ", ".join(str(seed) for seed in sorted(cell.keys() & curves.keys())):
-            print(f"{where}: seed {again} counts as in the later {folder}", file=sys.stderr)
-        cell |= curves
-        own = {key: x for key, x in config.items() if key not in free}
-        first = settings.setdefault(where, own)
-        if differ := [key for key in first | own if first.get(key) != own.get(key)]:
-            print(f"{where}: runs differ in {', '.join(differ)}; {folder}", file=sys.stderr)
-    return table
+        try:
+            runs.append(parse_run(folder))
+        except Exception as error:  # whatever a broken file holds
+            note(f"left out: {folder}, no run that came to its end ({error})")
+    require(runs, "--runs: no run among them has come to its end with an evaluation")
+    return runs
 
 
-def in_order(row):
-    """Sorts (algorithm, augmentation): of an algorithm, the run without one comes first."""
-    return row[0], row[1] != "none", row[1]
+def tell_apart(runs):
+    """Returns the runs, with one name for a dataset; what has the same name, but was trained on
+    other data, is told apart by its checksum. Of a script those without augmentation come first."""
+    environments = {}  # {dataset: name}: a folder and an id may hold the same dataset
+    buffers = defaultdict(set)
+    for run in runs:
+        environments.setdefault(run.dataset, run.environment)
+        buffers[run.script, run.augmentation, run.dataset].add(run.buffer)
+    names = list(environments.values())
+    named = []
+    for run in runs:
+        environment = environments[run.dataset]
+        augmentation = run.augmentation
+        if len(buffers[run.script, augmentation, run.dataset]) > 1:
+            augmentation += f" [{run.config['aug']}, {run.buffer}]"
+        if names.count(environment) > 1:
+            environment += f" [{run.dataset}]"
+        named.append(run._replace(augmentation=augmentation, environment=environment))
+    return sorted(named, key=lambda run: (run.script, run.augmentation != "none", run.augmentation))
 
 
-def last_scores(curves):
-    """{seed: {update: score}} -> {seed: score of the last update}"""
-    return {seed: curve[max(curve)] for seed, curve in curves.items()}
+def note_differences(runs):
+    """Names every flag in which runs of a script on an environment differ, and who has what."""
+    compared = defaultdict(lambda: defaultdict(dict))  # {flag: {value: augmentations}}
+    for run in runs:
+        for flag in sorted(run.config.keys() - MAY_DIFFER):
+            values = compared[f"{run.script}, {run.environment}: {flag}"]
+            values[str(run.config[flag])][run.augmentation] = True
+    for flag, values in compared.items():
+        if len(values) > 1:
+            cases = [f"{value} ({', '.join(names)})" for value, names in values.items()]
+            note(f"{flag} is {', '.join(cases)}")
+
+
+def collect_curves(runs):
+    """Returns {(script, augmentation): {environment: {seed: {update: score}}}}. Of two runs of a
+    seed the later one among the folders counts, and a line says so."""
+    curves = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        cell = curves[run.script, run.augmentation][run.environment]
+        for seed in cell.keys() & run.curves:
+            note(f"left out: seed {seed} of an earlier folder, which {run.folder} has, too")
+        cell |= run.curves
+    return curves
 
 
 def average_scores(cells):
     """Each seed's mean over environments, whose deviation is the average's (F.2). Takes and returns
     scores by seed; returns none unless every environment has the same seeds."""
-    same = all(cell.keys() == cells[0].keys() for cell in cells)
-    return {seed: np.mean([cell[seed] for cell in cells]) for seed in cells[0] if same}
+    if any(cell.keys() != cells[0].keys() for cell in cells):
+        return {}
+    return {seed: np.mean([cell[seed] for cell in cells]) for seed in cells[0]}
 
 
-def draw_curves(table, environments):
-    """A picture for each algorithm and environment: mean and deviation over seeds, by update."""
-    algorithms = sorted({algorithm for algorithm, _ in table})
-    size = (0.8 + 4.2 * len(environments), 3.2 * len(algorithms))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(algorithms), len(environments), squeeze=False)
-    for algorithm, augmentation in sorted(table, key=in_order):
-        for axis, name in zip(axes[algorithms.index(algorithm)], environments):
-            if not (curves := [*table[algorithm, augmentation][name].values()]):
+def tabulate_scores(curves, environments):
+    """Returns the last scores {row: {column: [seeds]}}: of each environment, and on average if
+    there are several. curves is {row: {environment: {seed: {update: score}}}}."""
+    scores = {}
+    for row, cells in curves.items():
+        columns = {}
+        for name in environments:
+            columns[name] = {seed: curve[max(curve)] for seed, curve in cells[name].items()}
+        if len(environments) > 1:
+            columns["average"] = average_scores(list(columns.values()))
+        scores[row] = {name: np.array(list(cell.values())) for name, cell in columns.items()}
+    return scores
+
+
+def format_scores(scores):
+    """Returns the table of scores: their mean and deviation over seeds."""
+    first, *_ = scores.values()
+    table = [["", *first]]
+    for row, columns in scores.items():
+        cells = [" + ".join(row).removesuffix(" + none")]
+        for x in columns.values():
+            cells.append(f"{x.mean():.1f} +- {x.std():.1f} ({len(x)})" if len(x) else "-")
+        table.append(cells)
+    return table
+
+
+def compare_scores(scores):
+    """Returns the table of Welch's tests between the augmentations of a script (Table 20)."""
+    warnings.filterwarnings("ignore", "Precision loss")  # SciPy's, where a run's scores are equal
+    table = [["Welch's t-test", "", "difference", "t", "df", "p"]]
+    for (row_a, a), (row_b, b) in combinations(scores.items(), 2):
+        if row_a[0] != row_b[0]:
+            continue
+        pair = f"{row_a[0]}: {row_b[1]} against {row_a[1]}"
+        for name in a:
+            x = a[name]
+            y = b[name]
+            if min(len(x), len(y)) < 2 or np.ptp(x) + np.ptp(y) == 0:
                 continue
-            updates = sorted(set.intersection(*map(set, curves)))
-            scores = np.array([[curve[update] for update in updates] for curve in curves])
-            mean, std = scores.mean(0), scores.std(0)
-            (line,) = axis.plot(updates, mean, label=textwrap.fill(augmentation, 40))
-            axis.fill_between(updates, mean - std, mean + std, color=line.get_color(), alpha=0.2)
-            axis.set(xlabel="update", ylabel="score")
-            axis.set_title(f"{algorithm}, {name}", fontsize=9)
-            axis.legend(frameon=False, fontsize=7)
-    return figure
+            welch = ttest_ind(y, x, equal_var=False)
+            difference = f"{y.mean() - x.mean():.1f}"
+            statistics = [f"{welch.statistic:.2f}", f"{welch.df:.1f}", f"{welch.pvalue:.4f}"]
+            table.append([pair, name, difference, *statistics])
+    return table
+
+
+def draw_curves(curves, script, environment, axes):
+    """Draws mean and deviation over seeds, by update, of a script's runs on an environment."""
+    for number, ((other, augmentation), cells) in enumerate(curves.items()):
+        seeds = list(cells[environment].values())
+        if other != script or not seeds:
+            continue
+        updates = sorted(set.intersection(*map(set, seeds)))
+        scores = np.array([[curve[update] for update in updates] for curve in seeds])
+        mean = scores.mean(axis=0)
+        std = scores.std(axis=0)
+        style = f"C{number % 10}" + ("-", "--", ":", "-.")[number % 4]
+        (line,) = axes.plot(updates, mean, style, label=textwrap.fill(augmentation, 40))
+        axes.fill_between(updates, mean - std, mean + std, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel="update", ylabel="score", title=f"{script}, {environment}")
+
+
+def list_curves(runs, curves):
+    """Returns the functions that draw curves {script: [a function for each environment]}."""
+    pictures = defaultdict(list)
+    for script, environment in sorted({(run.script, run.environment) for run in runs}):
+        pictures[script].append(partial(draw_curves, curves, script, environment))
+    return pictures
 
 
 def tabulate_runs(args):
-    """Prints the results of --runs, and Welch's tests between the augmentations of a learner.
+    """Prints the results of --runs, and Welch's tests between the augmentations of a script.
     Writes --plot."""
-    is_free = not args.plot or not Path(args.plot).exists()
-    require(is_free, f"--plot {args.plot} is there; remove it or choose another name")
-    table, columns = read_runs(args.runs), {}
-    require(table, "--runs: no run among them has come to its end with an evaluation")
-    environments = sorted({name for scores in table.values() for name in scores})
-    heads = environments + ["average"] * (len(environments) > 1)
-    rows = [["", *heads]]
-    for row in sorted(table, key=in_order):
-        cells = [last_scores(table[row][name]) for name in environments]
-        scores = [np.array([*cell.values()]) for cell in (*cells, average_scores(cells))]
-        columns[row] = scores[: len(heads)]
-        cells = [f"{x.mean():.1f} +- {x.std():.1f} ({len(x)})" if len(x) else "-" for x in scores]
-        rows.append([" + ".join(row).removesuffix(" + none"), *cells[: len(heads)]])
-    print(render(rows, args.table))
-    print("score +- deviation (seeds); an average needs the same seeds everywhere", file=sys.stderr)
-    warnings.filterwarnings("ignore", "Precision loss")  # SciPy's, where a run's scores are equal
-    tests = [["Welch's t-test", "", "difference", "t", "df", "p"]]
-    for (row_a, a), (row_b, b) in combinations(columns.items(), 2):
-        for head, x, y in zip(heads, a, b):
-            if row_a[0] == row_b[0] and min(len(x), len(y)) > 1 and np.ptp(x) + np.ptp(y) > 0:
-                welch = ttest_ind(y, x, equal_var=False)  # Table 20
-                pair = f"{row_a[0]}: {row_b[1]} against {row_a[1]}"
-                cells = f"{y.mean() - x.mean():.1f}", f"{welch.statistic:.2f}", f"{welch.df:.1f}"
-                tests.append([pair, head, *cells, f"{welch.pvalue:.4f}"])
+    settings = {"runs": args.runs}
+    claim_figure(args.plot, settings)
+    runs = tell_apart(read_runs(args.runs))
+    note_differences(runs)
+    curves = collect_curves(runs)
+    scores = tabulate_scores(curves, sorted({run.environment for run in runs}))
+    print(render(format_scores(scores), args.table))
+    note("score +- deviation (seeds); an average needs the same seeds everywhere")
+    tests = compare_scores(scores)
     if len(tests) > 1:
         print("\n" + render(tests, args.table))
     if args.plot:
-        save_figure(draw_curves(table, environments), args.plot)
-        print(f"\nwrote {args.plot}")
+        save_figure(draw_figure(list_curves(runs, curves)), args.plot, settings)
 
 
 def main(args):
+    check_flags(args)
     require(bool(args.aug) != bool(args.runs), "give either --aug buffer.npz or --runs runs/*")
-    fits = Path(args.plot or "a.png").suffix in (".png", ".pdf", ".svg")
-    require(fits, f"--plot {args.plot}: must end in .png, .pdf or .svg")
-    (measure_buffers if args.aug else tabulate_runs)(args)
+    if args.aug:
+        measure_buffers(args)
+    else:
+        tabulate_runs(args)
 
 
 if __name__ == "__main__":

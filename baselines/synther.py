@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch", "numpy", "gymnasium[mujoco]", "minari[hdf5,hf]", "tyro", "tqdm", "wandb"]
+# dependencies = ["torch>=2.5", "numpy>=2", "gymnasium>=1", "minari[hdf5,hf]>=0.5.3", "tyro>=0.9",
+#     "tqdm", "wandb"]
 # ///
 """SynthER, a baseline of GTA: generate single transitions with an unconditional diffusion model.
 
@@ -21,10 +22,15 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
-from contextlib import contextmanager
+import sysconfig
+import tempfile
+import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,8 +46,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +
-    env: str = "data/halfcheetah-medium-sample"
+    # --- training ---
     # of the residual MLP (C.1: 25.6 M parameters). SynthER takes 1024 for some datasets
     width: int = 2048
     # transitions in a batch. Default, as SynthER: 1024, or 256 where the data has under 800 000
@@ -53,121 +58,21 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     ema_decay: float = 0.995  # decay of the averaged weights, which are the ones that sample
     ema_every: int = 10  # steps between two updates of the average
-    save_every: int = 10_000  # steps between two checkpoints; the last step always writes one
+    # --- sampling ---
     num_transitions: int = 5_000_000  # transitions to generate, as many as GTA does (C.1)
     num_steps: int = 128  # K, diffusion steps from pure noise to none
     terminal_threshold: float = 0.5  # a generated transition is terminal above this
     sample_batch_size: int = 10_000  # transitions denoised at once
+    # --- data and run ---
+    # short name (hopper-medium), Minari id, folder of a Minari dataset, or several joined by +
+    env: str = "data/halfcheetah-medium-sample"
+    save_every: int = 10_000  # steps between two checkpoints; the last step always writes one
     checkpoint: str = "synther.pt"  # model to write, to go on with, or to sample from
     out: str = "buffer.npz"  # buffer of generated transitions to write
     seed: int = 0  # seed of initial weights, batches and noise
     # CUDA_VISIBLE_DEVICES picks the card
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_ENTITY say where
-
-
-def require(condition, message):
-    """Ends the program with one line and exit code 1 unless the condition holds."""
-    if not condition:
-        sys.exit("error: " + " ".join(message.split()))
-
-
-@contextmanager
-def blame(message):
-    """Turns an exception into one line: what is run inside fails by the user's data or machine."""
-    try:
-        yield
-    except Exception as error:
-        require(False, f"{message} ({error})")
-
-
-# --- data ---
-
-DEFAULT_ENV = "data/halfcheetah-medium-sample"
-SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
-    r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
-    r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
-    r"(pen|door|hammer|relocate|kitchen)-([a-z]+)": r"D4RL/\1/\2-v2",
-    r"([a-z0-9]+)-(simple|medium|expert)": r"mujoco/\1/\2-v0",
-    r"([a-z0-9]+)-medium-expert": r"mujoco/\1/medium-v0+mujoco/\1/expert-v0",
-}
-
-
-class Episode(NamedTuple):
-    observations: np.ndarray  # [T + 1, obs_dim]
-    actions: np.ndarray  # [T, act_dim]
-    rewards: np.ndarray  # [T]
-    terminations: np.ndarray  # [T] whether the environment terminated; a truncation does not count
-
-
-def open_datasets(env):
-    """Returns the Minari datasets that --env names: folders, ids in the cache, ids on the hub."""
-    here, parts = Path(__file__).resolve().parent, env.split("+")
-    for n in range(len(parts), 0, -1):  # a folder's own name may hold a +
-        name = "+".join(parts[:n])
-        folders = [place / name / "data" for place in (Path(), here, here.parent)]
-        if folder := next((f for f in folders if (f / "metadata.json").is_file()), None):
-            break
-    for pattern, ids in SHORT_NAMES.items():
-        name = name if folder else re.sub(f"^{pattern}$", ids, name)
-    first, *rest = [name] if folder else name.split("+")
-    if rest := [*rest, *parts[n:]]:
-        return open_datasets(first) + open_datasets("+".join(rest))
-    require(folder or name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
-    with blame(f"--env {name}: no folder of a Minari dataset, short name or id that can be read"):
-        return [minari.MinariDataset(folder) if folder else minari.load_dataset(name, True)]
-
-
-def env_id(dataset):
-    """Returns the Gymnasium id of the environment that was recorded, "" if none is named."""
-    return getattr(dataset.env_spec, "id", "")
-
-
-def load_episodes(datasets):
-    """Returns all episodes, their observations as gymnasium.spaces.utils.flatten makes them."""
-    episodes, first = [], datasets[0]
-    for dataset in datasets:
-        space, box = dataset.observation_space, dataset.action_space
-        image = r"\(\d+, \d+, \d+|\(\d+, \d+\), uint8"  # wherever it is nested
-        fits = space.is_np_flattenable and not re.search(image, str(space))
-        require(fits, f"{dataset.id}: observations must be vectors of numbers, not {space}")
-        fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
-        require(fits, f"{dataset.id}: actions must be a vector of real numbers, not {box}")
-        fits = (env_id(dataset), box) == (env_id(first), first.action_space)
-        require(fits, f"{dataset.id}: another environment, or other actions, than {first.id}")
-        with blame(f"{dataset.id} cannot be read"):
-            raw = list(dataset.iterate_episodes())
-        for e in raw:
-            T, states = len(e.rewards), iterate(batch_space(space), e.observations)
-            with blame(f"{dataset.id}: observations of episode {e.id} do not fit {space}"):
-                s = np.stack([gym.spaces.flatten(space, x) for x in states])
-            arrays = Episode(s, e.actions, e.rewards, np.asarray(e.terminations, bool))
-            shapes = Episode((T + 1, gym.spaces.flatdim(space)), (T, *box.shape), (T,), (T,))
-            for key, x, shape in zip(Episode._fields, arrays, shapes):
-                name = f"{dataset.id}: {key} of episode {e.id}"
-                fits = len(x) == shape[0] and x.size == math.prod(shape)
-                require(fits, f"{name} have the shape {x.shape}, not {shape}")
-                fits = (np.abs(x) < np.finfo(np.float32).max).all()
-                require(fits, f"{name} hold NaN, or numbers too large for float32")
-            episodes.append(Episode(*(x.reshape(shape) for x, shape in zip(arrays, shapes))))
-    names, num_steps = [d.id for d in datasets], sum(len(e.rewards) for e in episodes)
-    print(f"dataset: {' + '.join(names)}, {len(episodes)} episodes, {num_steps} transitions")
-    sizes = {e.observations.shape[1] for e in episodes}
-    require(len(sizes) == 1, f"--env: no episodes, or states of different sizes {sizes}")
-    return episodes
-
-
-def make_transitions(episodes):
-    """Returns all transitions, rows s, a, r, s', terminal [N, D], and the mean and deviation [D] to
-    standardise them with. The terminal stays 0 or 1, as SynthER's configuration has it."""
-    transitions = [
-        np.column_stack([e.observations[:-1], *e[1:3], e.observations[1:], e.terminations])
-        for e in episodes
-    ]
-    rows = torch.from_numpy(np.concatenate(transitions)).double()
-    mean, std = rows.mean(0), rows.std(0) + 1e-5
-    mean[-1], std[-1] = 0.0, 1.0
-    return rows.float(), mean.float(), std.float()
 
 
 # --- denoiser ---
@@ -179,9 +84,10 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, num_dims, width, num_blocks=6, emb_dim=128):
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(8))  # random Fourier features, not learned
-        layers = nn.Linear(17, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
-        self.emb_noise = nn.Sequential(*layers)
+        self.frequencies = nn.Buffer(torch.randn(8))  # random Fourier features, not learned
+        self.emb_noise = nn.Sequential(
+            nn.Linear(17, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+        )
         self.emb_x = nn.Linear(num_dims, emb_dim)
         self.widen = nn.Linear(emb_dim, width)
         self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(num_blocks)])
@@ -216,7 +122,7 @@ class TransitionDenoiser(nn.Module):
         return c_skip * x + c_out * self.net(c_in * x, c_noise)
 
 
-# --- training ---
+# --- loss and sampler ---
 
 
 def transition_loss(denoiser, x, sigma, noise):
@@ -225,29 +131,6 @@ def transition_loss(denoiser, x, sigma, noise):
     s = sigma[:, None]
     weight = (s**2 + denoiser.sigma_data**2) / (s * denoiser.sigma_data) ** 2
     return (weight * (denoiser(x + s * noise, sigma) - x) ** 2).mean()
-
-
-@torch.no_grad()
-def average_weights(ema, model, step, decay):
-    """Moves the averaged weights towards the model's. Up to step 100 they are a copy; then the
-    decay rises as 1 - (step - 100)^(-2/3), so that nothing of the initial weights stays."""
-    decay = min(decay, 1 - max(1, step - 100) ** (-2 / 3))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def update(denoiser, optimizer, rows, loss_fn, args):
-    """One gradient step on a batch of standardised rows [N, D]. Returns its loss."""
-    x = rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)]
-    sigma = torch.exp(args.p_mean + args.p_std * torch.randn(len(x), device=rows.device))
-    loss = loss_fn(denoiser, x, sigma, torch.randn_like(x))
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
-    optimizer.step()
-    return loss.detach()
-
-
-# --- sampler ---
 
 
 def noise_schedule(num_steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -274,159 +157,482 @@ def edm_sampler(denoise, x, sigmas, gamma, s_min=0.05, s_max=50.0, s_noise=1.003
     return x
 
 
-def split_transitions(action_space, terminal_threshold, x):
-    """Splits generated rows [N, D], in real units, into the arrays of a buffer with H = 1."""
-    obs_dim = (x.shape[1] - len(action_space.low) - 2) // 2
-    bounds = (bound.astype(x.dtype) for bound in (action_space.low, action_space.high))
-    s, a, r, s_next, terminal = np.split(x, [obs_dim, -obs_dim - 2, -obs_dim - 1, -1], axis=1)
-    return {
-        "observations": np.stack([s, s_next], axis=1),  # [N, 2, obs_dim]
-        "actions": a.clip(*bounds)[:, None],  # [N, 1, act_dim]
-        "rewards": r,  # [N, 1]
-        "terminals": terminal > terminal_threshold,  # [N, 1]
-    }
+# --- training ---
+
+
+def update(denoiser, optimizer, rows, loss_fn, args):
+    """One gradient step on a batch of standardised rows [N, D]. Returns its loss."""
+    x = rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)]
+    sigma = torch.exp(args.p_mean + args.p_std * torch.randn(len(x), device=rows.device))
+    loss = loss_fn(denoiser, x, sigma, torch.randn_like(x))
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def average_weights(ema, model, step, every, max_decay):
+    """Moves the averaged weights towards the model's at steps 1, 1 + every, 1 + 2 every, ...
+
+    As ema_pytorch 0.1.2, which SynthER uses: they are a copy up to the first of these steps after
+    101, so that nothing of the initial weights stays; then the decay rises with the step.
+    """
+    if (step - 1) % every:
+        return
+    decay = 0.0
+    if step > 101 + every:
+        decay = min(max_decay, 1 - (step - 100) ** (-2 / 3))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Learner(NamedTuple):
+    denoiser: TransitionDenoiser
+    ema: TransitionDenoiser  # the average of its weights, which samples
+    optimizer: torch.optim.Optimizer
+
+
+def make_learner(num_dims, args):
+    """Returns a new denoiser, the average of its weights, and its optimizer."""
+    torch.manual_seed(args.seed)
+    denoiser = TransitionDenoiser(num_dims, args.width).to(args.device)
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr, **options)
+    size = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    print(f"denoiser: {size:.1f} M parameters")
+    return Learner(denoiser, ema, optimizer)
+
+
+def train_learner(learner, rows, first, args, save):
+    """Trains on standardised rows [N, D] from step first to --train-steps. save(step=...) writes
+    the learner."""
+    torch.manual_seed(args.seed + first)
+    loss_fn = torch.compile(transition_loss) if args.device == "cuda" else transition_loss
+    N = args.train_steps
+    total = 0.0  # of the losses since the last checkpoint
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: a log file takes a line a minute
+    bar = {"total": N, "unit": "step", "mininterval": every, "maxinterval": every}
+    progress = tqdm(range(first + 1, N + 1), initial=first, **bar)
+    for step in progress:
+        lr = args.lr * (1 + math.cos(math.pi * (step - 1) / N)) / 2
+        learner.optimizer.param_groups[0]["lr"] = lr
+        total += update(learner.denoiser, learner.optimizer, rows, loss_fn, args)
+        average_weights(learner.ema, learner.denoiser, step, args.ema_every, args.ema_decay)
+        if step % args.save_every and step < N:
+            continue
+        loss = total.item() / (step - first)
+        total = 0.0
+        first = step
+        require(math.isfinite(loss), f"step {step}: the loss is {loss}; try a lower --lr")
+        save(step=step)
+        progress.write(f"step {step}: loss {loss:.4g}")
+        if args.track:
+            import wandb
+
+            wandb.log({"loss": loss}, step=step)
+        torch.manual_seed(args.seed + step)  # a run that goes on from here draws the same
+
+
+# --- sampling ---
 
 
 @torch.no_grad()
 def sample(denoiser, mean, std, args, s_churn=80.0):
-    """Draws --num-transitions rows from pure noise. Returns them in real units [N, D]."""
-    sigmas, gamma = noise_schedule(args.num_steps), min(s_churn / args.num_steps, math.sqrt(2) - 1)
+    """Returns --num-transitions rows drawn from pure noise, in real units. [N, D]"""
+    sigmas = noise_schedule(args.num_steps)
+    gamma = min(s_churn / args.num_steps, math.sqrt(2) - 1)
     network = torch.compile(denoiser) if args.device == "cuda" else denoiser
 
     def denoise(x, sigma):
         return network(x, torch.full_like(x[:, 0], sigma))
 
-    noise, parts = sigmas[0] * torch.randn(args.num_transitions, len(mean)), []
-    for x in tqdm(noise.split(args.sample_batch_size), unit="batch"):
-        parts.append(edm_sampler(denoise, x.to(args.device), sigmas, gamma).cpu())
+    noise = sigmas[0] * torch.randn(args.num_transitions, len(mean))
+    batches = noise.split(args.sample_batch_size)
+    parts = []
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: a log file takes a line a minute
+    for x in tqdm(batches, unit="batch", mininterval=every, maxinterval=every):
+        x = edm_sampler(denoise, x.to(args.device), sigmas, gamma)
+        parts.append(x.cpu())
     return torch.cat(parts) * std + mean
 
 
-# --- run ---
-
-WHERE = {"device", "track", "out", "checkpoint"}  # flags that do not change what comes out
-OF_SAMPLING = {"num_transitions", "num_steps", "terminal_threshold", "sample_batch_size"}
-
-
-def require_same(flag, old, args, free):
-    """Ends the program with one line if the file of a flag was made with other flags, old, than
-    args. Those in free may differ."""
-    flags = {key: x for key, x in asdict(args).items() if key not in free}
-    other = [f"{key} {old.get(key)}" for key, x in flags.items() if x != old.get(key)]
-    path = getattr(args, flag)
-    require(not other, f"{path} was made with {', '.join(other)}; choose another --{flag}")
-
-
-def stamp(path):
-    """Returns what tells a file from another run's at the same path, None if there is none."""
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+def split_rows(x, box, terminal_threshold, metadata):
+    """Returns the buffer, with H = 1, of generated rows x [N, D] in real units. Its actions are
+    clipped to the box."""
+    obs_dim = (x.shape[1] - len(box.low) - 2) // 2
+    s, a, r, s_next, terminal = np.split(x, [obs_dim, -obs_dim - 2, -obs_dim - 1, -1], axis=1)
+    return Buffer(
+        metadata,
+        observations=np.stack([s, s_next], axis=1),
+        actions=a.clip(box.low, box.high).astype(np.float32)[:, None],
+        rewards=r,
+        terminals=terminal > terminal_threshold,
+    )
 
 
-def save(path, values, since, texts=None):
-    """Writes under another name, then renames: what is at path is whole, whenever a run dies. Ends
-    the program if path's stamp is no longer since; returns the new one. texts go beside it."""
-    require(stamp(path) == since, f"{path} is now of another run; choose another --out")
-    for name, text in (texts or {}).items():
-        path.with_name(name).write_text(text)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(values, temporary)
-    os.replace(temporary, path)
-    return stamp(path)
+def print_means(episodes, buffer):
+    """Prints the mean reward, and the share of terminals, of the data and of what was generated."""
+    for key in ("rewards", "terminals"):
+        real = np.concatenate([getattr(episode, key) for episode in episodes])
+        generated = getattr(buffer, key).mean(dtype=np.float64)
+        print(f"mean of {key}: dataset {real.mean():.4g}, generated {generated:.4g}")
 
 
-def train(rows, args, about):
-    """Trains on standardised rows [N, D], going on where --checkpoint stopped. Returns the averaged
-    denoiser."""
-    torch.manual_seed(args.seed)
-    denoiser = TransitionDenoiser(rows.shape[1], args.width).to(args.device)
-    ema = copy.deepcopy(denoiser).requires_grad_(False)
-    options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
-    optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr, **options)
-    print(f"denoiser: {sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters")
-    path, first = Path(args.checkpoint), 0
-    since = stamp(path)
-    if since:
-        with blame(f"--checkpoint {path}: no whole model of synther.py for this data"):
-            checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-            require_same("checkpoint", checkpoint["args"], args, WHERE | OF_SAMPLING)
-            denoiser.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            first = checkpoint["step"]
-        print(f"{path} is at step {first} of {args.train_steps}")
-    if args.track:
-        import wandb
-
-        with blame("--track"):
-            wandb.init(name=Path(args.out).stem, config=asdict(args))
-
-    torch.manual_seed(args.seed + first)
-    loss_fn = torch.compile(transition_loss) if args.device == "cuda" else transition_loss
-    N, losses = args.train_steps, 0.0
-    progress = tqdm(range(first + 1, N + 1), initial=first, total=N, unit="step")
-    for step in progress:
-        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * (step - 1) / N)) / 2
-        losses = losses + update(denoiser, optimizer, rows, loss_fn, args)
-        if step % args.ema_every == 0:
-            average_weights(ema, denoiser, step, args.ema_decay)
-        if step % args.save_every and step < N:
-            continue
-        loss, losses, first = losses.item() / (step - first), 0.0, step
-        require(math.isfinite(loss), f"step {step}: the loss is {loss}; try a lower --lr")
-        networks = {"model": denoiser.state_dict(), "ema": ema.state_dict()}
-        state = {"args": asdict(args), **networks, "optimizer": optimizer.state_dict()}
-        since = save(path, {**about, **state, "step": step}, since)
-        progress.write(f"step {step}: loss {loss:.4g}")
-        if args.track:
-            wandb.log({"loss": loss}, step=step)
-        torch.manual_seed(args.seed + step)  # a run that goes on from here draws the same
-    return ema
+# --- what the user gives ---
 
 
-def save_buffer(path, buffer, metadata, since):
-    """Writes buffer.npz, readable without pickle, under another name, then renames it. Ends the
-    program if path's stamp is no longer since."""
-    require(stamp(path) == since, f"{path} is now of another run; choose another --out")
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        np.savez(file, **buffer, metadata=json.dumps(metadata))
-    os.replace(temporary, path)
+def require(condition, message):
+    """Ends the program with one line and exit code 1 unless the condition holds."""
+    if not condition:
+        sys.exit("error: " + " ".join(message.split()))
+
+
+@contextmanager
+def or_exit(message):
+    """Ends the program with one line if what is inside fails by the user's data or machine."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{message} ({error})")
+
+
+MAY_BE_NEGATIVE = (
+    "reward_bias",
+    "min_gap",
+    "target_gap",
+    "target_return",
+    "source_min_return",
+    "p_mean",
+)
+MAY_BE_ZERO = ("seed", "eval_episodes", "warmup_steps", "reweight_bins")  # of the integers
+
+
+def check_flags(args):
+    """Ends the program if a flag is an empty text, NaN, a negative number, or a size of 0."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        require(value != "", f"{flag} is empty")
+        require(value == value, f"{flag} is not a number")
+        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
+            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+            require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+
+
+def require_compiler():
+    """Ends the program if torch.compile would fail: Triton needs a C compiler and Python.h."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    found = (compiler and header.exists()) or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    require(
+        found,
+        "torch.compile needs a C compiler and Python.h (Debian: apt install gcc python3-dev); "
+        "TORCH_COMPILE_DISABLE=1 does without both, and is slower",
+    )
+
+
+# --- data ---
+
+DEFAULT_ENV = "data/halfcheetah-medium-sample"
+SHORT_NAMES = {  # of --env, and the Minari ids that they stand for
+    r"maze2d-((umaze|medium|large)(-dense)?)": r"D4RL/pointmaze/\1-v2",
+    r"antmaze-([a-z-]+)": r"D4RL/antmaze/\1-v1",
+    r"(pen|door|hammer|relocate|kitchen)-([a-z]+)": r"D4RL/\1/\2-v2",
+    r"([a-z0-9]+)-(simple|medium|expert)": r"mujoco/\1/\2-v0",
+    r"([a-z0-9]+)-medium-expert": r"mujoco/\1/medium-v0+mujoco/\1/expert-v0",
+}
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T + 1, obs_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T], float64: a sum of float16 overflows
+    terminals: np.ndarray  # [T] whether the environment terminated; a truncation is no terminal
+
+
+class Buffer(NamedTuple):
+    """What buffer.npz holds: N windows of H transitions, and where they come from."""
+
+    metadata: dict
+    observations: np.ndarray  # [N, H + 1, obs_dim]
+    actions: np.ndarray  # [N, H, act_dim]
+    rewards: np.ndarray  # [N, H]
+    terminals: np.ndarray  # [N, H]
+    episode: np.ndarray | None = None  # [N] source episode; a buffer of your own has no source
+    timestep: np.ndarray | None = None  # [N] the window's first step in it
+    return_to_go: np.ndarray | None = None  # [N] of the source from that step on, undiscounted
+    condition: np.ndarray | None = None  # [N] the return that was asked for
+
+
+def find_folder(name):
+    """Returns the folder of a Minari dataset of that name, here or beside this script, or None."""
+    here = Path(__file__).resolve().parent
+    for folder in (Path(name), here / name, here.parent / name):
+        if (folder / "data" / "metadata.json").is_file():
+            return folder / "data"
+
+
+def open_dataset(name):
+    """Opens a Minari dataset: a folder, or an id in Minari's cache, else on its hub."""
+    folder = find_folder(name)
+    with or_exit(f"--env {name} cannot be opened"):
+        if folder:
+            return minari.MinariDataset(folder)
+        require(name != DEFAULT_ENV, "--env is missing, as in --env hopper-medium")
+        is_id = re.fullmatch(r"[\w/-]+-v\d+", name)
+        require(is_id, f"--env {name}: no folder of a Minari dataset, no short name, no Minari id")
+        return minari.load_dataset(name, download=True)
+
+
+def open_datasets(env):
+    """Returns the datasets that --env names: one, or several of the same robot joined by +."""
+    names = []
+    parts = [env] if find_folder(env) else env.split("+")
+    for name in parts:
+        for pattern, minari_ids in SHORT_NAMES.items():
+            name = re.sub(f"^{pattern}$", minari_ids, name)
+        names += [name] if find_folder(name) else name.split("+")  # hopper-medium-expert: two
+    datasets = [open_dataset(name) for name in names]
+    first = datasets[0]
+    box = first.action_space
+    is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
+    require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
+    for other in datasets[1:]:
+        same = env_id(other) == env_id(first) and other.action_space == box
+        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    return datasets
+
+
+def env_id(dataset):
+    """Returns the Gymnasium id of the environment that was recorded, "" if none is named."""
+    return getattr(dataset.env_spec, "id", "")
+
+
+def load_episodes(datasets):
+    """Returns all episodes, observations flattened as Gymnasium does. One ends at its terminal."""
+    episodes = []
+    num_left_out = 0
+    for dataset in datasets:
+        space = dataset.observation_space
+        with or_exit(f"{dataset.id} cannot be read, or its observations are no {space}"):
+            for record in dataset.iterate_episodes():
+                states = iterate(batch_space(space), record.observations)  # one by one
+                s = np.stack([gym.spaces.flatten(space, state) for state in states])
+                a = record.actions.reshape(len(record.actions), -1)
+                r = record.rewards.reshape(-1).astype(np.float64)
+                terminals = record.terminations.astype(bool)
+                T = terminals.argmax() + 1 if terminals.any() else len(r)
+                num_left_out += len(r) - T
+                episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
+    name = " + ".join(dataset.id for dataset in datasets)
+    require(episodes, f"{name} holds no episodes")
+    for i, e in enumerate(episodes):
+        T = len(e.rewards)
+        fits = len(e.observations) == T + 1
+        fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
+        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
+    num_transitions = sum(len(e.rewards) for e in episodes)
+    print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
+    if num_left_out:
+        print(f"left out: {num_left_out} transitions that follow a terminal within their episode")
+    return episodes
+
+
+def checksum(arrays):
+    """Returns a CRC of what the arrays hold: an input is that, not the name of its file."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
+
+
+def make_rows(episodes):
+    """Returns all transitions as rows s, a, r, s', terminal. [N, D]"""
+    parts = []
+    for s, a, r, terminals in episodes:
+        parts.append(np.column_stack([s[:-1], a, r, s[1:], terminals]))
+    return torch.from_numpy(np.concatenate(parts)).double()
+
+
+def fit_rows(rows):
+    """Returns mean and deviation of rows [N, D] to standardise them with. The terminal stays 0 or
+    1, as SynthER's configuration has it. [D], [D]"""
+    mean = rows.mean(0)
+    std = rows.std(0) + 1e-5
+    mean[-1] = 0.0
+    std[-1] = 1.0
+    return mean.float(), std.float()
+
+
+# --- files ---
+
+PACKAGES = ("torch", "numpy", "gymnasium", "minari")
+# what may differ when a run goes on: names of inputs (their checksums count), places
+FREE = (
+    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
+    *("device", "track", "out", "versions"),
+)
+OF_SAMPLING = ("num_transitions", "num_steps", "terminal_threshold", "sample_batch_size")
+NOT_IN_LABEL = ("seed", "batch_size", "save_every", "sample_batch_size", *FREE)
+
+
+def require_same(path, old, new, flag="--out"):
+    """Ends the program unless what is at path was made with the same flags from the same inputs."""
+    new = json.loads(json.dumps(new))  # as old, which comes from a file
+    for key, value in new.items():
+        same = key in FREE or old.get(key) == value
+        require(same, f"{path} was made with {key} {old.get(key)}; choose another {flag}")
+
+
+@contextmanager
+def new_file(path):
+    """Gives a name to write to; what is written takes its place at path when it is whole."""
+    path = Path(path).resolve()  # a symbolic link stays one
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # of PyTorch, for a full disk
+        require(False, f"{path} cannot be written ({error})")
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def try_to_write(path):
+    """Ends the program now if no file could be written at path when the work is done."""
+    folder = Path(path).resolve().parent
+    with or_exit(f"{path} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def write_buffer(path, buffer):
+    """Writes buffer.npz, readable without pickle, unless what is there is another's by now."""
+    if Path(path).exists():
+        require_same(path, read_metadata(path), buffer.metadata)
+    arrays = {key: x for key, x in buffer._asdict().items() if x is not None}
+    arrays["metadata"] = json.dumps(buffer.metadata)
+    with new_file(path) as name:
+        with open(name, "wb") as file:  # np.savez would add .npz to a name
+            np.savez(file, **arrays)
+
+
+def read_metadata(path):
+    """Returns the metadata of the buffer at path."""
+    with or_exit(f"{path} is no buffer; choose another --out"):
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["metadata"]))
+
+
+def describe_buffer(args, inputs):
+    """Returns the metadata of the buffer: all that tells it from others. Its label names the flags
+    that change it and are not at their defaults."""
+    words = []
+    for key, value in asdict(args).items():
+        if key not in NOT_IN_LABEL and value != getattr(Args, key):
+            words.append(f"{key.replace('_', '-')} {value}")
+    return {
+        **asdict(args),
+        **inputs,
+        "format": "gta-buffer",
+        "format_version": 1,
+        "method": "synther",
+        "label": f"synther({', '.join(words)})" if words else "synther",
+        "horizon": 1,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def read_model(args, inputs):
+    """Returns what --checkpoint holds, None if there is no file. Ends the program if it is of a run
+    with other flags or data."""
+    path = args.checkpoint
+    if not Path(path).exists():
+        return None
+    with or_exit(f"{path} is no synther.pt that can be read; choose another --checkpoint"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        old = {**checkpoint, **checkpoint["args"]}
+    new = {"format": "synther", "format_version": 2, **asdict(args), **inputs}
+    for key in OF_SAMPLING:
+        del new[key]
+    require_same(path, old, new, "--checkpoint")
+    return checkpoint
+
+
+def save_model(args, inputs, learner, step, **more):
+    """Writes --checkpoint, unless what is there is of another run by now."""
+    read_model(args, inputs)
+    checkpoint = {
+        "format": "synther",
+        "format_version": 2,
+        "args": asdict(args),
+        "versions": {package: version(package) for package in PACKAGES},
+        "model": learner.denoiser.state_dict(),
+        "ema": learner.ema.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "step": step,
+        **inputs,
+        **more,
+    }
+    with new_file(args.checkpoint) as file:
+        torch.save(checkpoint, file)
 
 
 def main(args):
-    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+    check_flags(args)
     torch.set_float32_matmul_precision("high")  # TF32
     datasets = open_datasets(args.env)
-    rows, mean, std = make_transitions(load_episodes(datasets))
+    episodes = load_episodes(datasets)
+    rows = make_rows(episodes)
     args.batch_size = args.batch_size or (1024 if len(rows) >= 800_000 else 256)
-    out, since = Path(args.out), stamp(Path(args.out))
-    if since:
-        with blame(f"{out} is no buffer of synther.py; choose another --out"):
-            with np.load(out, allow_pickle=False) as file:
-                require_same("out", json.loads(str(file["metadata"])), args, WHERE)
-        print(f"{out} is finished, made with these flags")
+    inputs = {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+    metadata = describe_buffer(args, inputs)
+    if Path(args.out).exists():
+        require_same(args.out, read_metadata(args.out), metadata)
+        print(f"{args.out} is finished, made with these flags")
         return
-    for path in (Path(args.checkpoint), out):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"env_id": env_id(datasets[0]), "dataset_ids": [dataset.id for dataset in datasets]}
-    about["versions"] = {x.__name__: str(x.__version__) for x in (torch, np, gym, minari)}
-    model = {"format": "synther", "format_version": 1, "normalizer": {"mean": mean, "std": std}}
-    denoiser = train(((rows - mean) / std).to(args.device), args, {**about, **model})
+    try_to_write(args.out)
+    checkpoint = read_model(args, inputs)
+    step = checkpoint["step"] if checkpoint else 0
+    if step < args.train_steps:
+        try_to_write(args.checkpoint)
+    if args.device == "cuda":
+        require_compiler()
+
+    mean, std = fit_rows(rows)
+    standardised = ((rows.float() - mean) / std).to(args.device)
+    learner = make_learner(rows.shape[1], args)
+    if checkpoint:
+        learner.denoiser.load_state_dict(checkpoint["model"])
+        learner.ema.load_state_dict(checkpoint["ema"])
+        learner.optimizer.load_state_dict(checkpoint["optimizer"])
+        print(f"{args.checkpoint} is at step {step} of {args.train_steps}")
+    if args.track:
+        import wandb
+
+        with or_exit("--track"):
+            wandb.init(name=Path(args.out).stem, config=metadata)
+    normalizer = {"mean": mean, "std": std}
+    save = partial(save_model, args, inputs, learner, normalizer=normalizer)
+    train_learner(learner, standardised, step, args, save)
 
     torch.manual_seed(args.seed + args.train_steps)
-    x = sample(denoiser, mean, std, args)
-    require(x.isfinite().all(), f"what was generated is not finite; {out} is not written")
-    split = partial(split_transitions, datasets[0].action_space, args.terminal_threshold)
-    real, buffer = split(rows.numpy()), split(x.numpy())
-    unnamed = WHERE | {"env", "seed", "batch_size", "save_every", "sample_batch_size"}
-    flags = {key: x for key, x in asdict(args).items() if key not in unnamed}
-    words = [f"{k.replace('_', '-')} {x}" for k, x in flags.items() if x != getattr(Args, k)]
-    about["label"] = f"synther({', '.join(words)})" if words else "synther"
-    about |= {"format": "gta-buffer", "format_version": 1, "method": "synther", "horizon": 1}
-    save_buffer(out, buffer, {**asdict(args), **about}, since)
-    for key in ("rewards", "terminals"):
-        print(f"mean of {key}: dataset {real[key].mean():.4g}, generated {buffer[key].mean():.4g}")
-    print(f"wrote {out}: {args.num_transitions} transitions")
+    x = sample(learner.ema, mean, std, args)
+    require(x.isfinite().all(), f"what was generated is not finite; {args.out} is not written")
+    box = datasets[0].action_space
+    buffer = split_rows(x.numpy(), box, args.terminal_threshold, metadata)
+    write_buffer(args.out, buffer)
+    print_means(episodes, buffer)
+    print(f"wrote {args.out}: {args.num_transitions} transitions")
 
 
 if __name__ == "__main__":

@@ -1,54 +1,63 @@
-"""One agent of several, written down plainly: its weights, and what updates of it are made of."""
+"""One agent of several, written down plainly: its networks, and what updates of it are made of."""
 
 import torch
+from torch import nn
+
+from td3bc import Scale
 
 
-def layers(net, i):
-    """Weights and biases of agent i in a network of mlp, as leaves of their own: [(W, b), ...]"""
-    linear = [layer for layer in net if hasattr(layer, "weight")]
-    return [
-        tuple(p[i].detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
-        for layer in linear
-    ]
+def network(net, i):
+    """Returns agent i's own copy of a network of mlp: PyTorch's layers, ReLU between them."""
+    layers = []
+    for layer in net:
+        if hasattr(layer, "weight"):
+            linear = nn.Linear(*layer.weight.shape[1:])
+            linear.weight.data = layer.weight.data[i].T.clone()
+            linear.bias.data = layer.bias.data[i, 0].clone()
+            layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
-def mlp(net, x):
-    """Linear layers with ReLU between them. [B, d_in] -> [B, d_out]"""
-    for n, (W, b) in enumerate(net):
-        x = x @ W + b
-        x = x.relu() if n + 1 < len(net) else x
-    return x
+def twins(critic, i):
+    """Returns agent i's own copies of Q_1 and Q_2."""
+    S = len(critic.net[0].weight) // 2
+    return nn.ModuleList([network(critic.net, i), network(critic.net, S + i)])
 
 
-def params(*nets):
-    return [p for net in nets for layer in net for p in layer]
+def q(critics, s, a):
+    """Returns Q_1(s, a) and Q_2(s, a). [B, obs_dim], [B, act_dim] -> [2, B]"""
+    x = torch.cat([s.expand(*a.shape[:-1], -1), a], dim=-1)
+    return torch.stack([critic(x).squeeze(-1) for critic in critics])
+
+
+def descend(*steps):
+    """Takes steps of optimizers on losses, all of the same weights."""
+    for optimizer, loss in steps:
+        optimizer.zero_grad()
+        loss.backward(inputs=optimizer.param_groups[0]["params"], retain_graph=True)
+    for optimizer, _ in steps:
+        optimizer.step()
 
 
 def polyak(target, net, tau):
-    for p_target, p in zip(params(target), params(net)):
+    for p_target, p in zip(target.parameters(), net.parameters()):
         p_target.data = (1 - tau) * p_target.data + tau * p.data
 
 
-def descend(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def difference(net, plain, i):
-    """The largest difference of agent i's weights from the plain ones."""
-    pairs = zip(params(layers(net, i)), params(plain))
-    return max((p - q).abs().max().item() for p, q in pairs)
+def assert_same(net, expected, atol=1e-12):
+    for p, q in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol)
 
 
 def random_batch(S, B, obs_dim, act_dim):
-    """s, a, r, s', terminal of S agents, in the default type."""
+    """Returns s, a, r, s', terminal of S agents, in the default type."""
     s, s_next = torch.randn(2, S, B, obs_dim)
-    a, r = torch.randn(S, B, act_dim).clamp(-1, 1), torch.randn(S, B)
+    a = torch.randn(S, B, act_dim).clamp(-1, 1)
+    r = torch.randn(S, B)
     return s, a, r, s_next, (torch.rand(S, B) < 0.3).to(r.dtype)
 
 
 def unit_scale(obs_dim, act_dim):
-    """A scale that changes nothing."""
-    center, mean = torch.zeros(act_dim), torch.zeros(obs_dim)
-    return {"mean": mean, "std": mean + 1, "center": center, "radius": center + 1}
+    """Returns a scale that changes nothing."""
+    ones = torch.ones(act_dim)
+    return Scale(torch.zeros(obs_dim), torch.ones(obs_dim), -ones, ones)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -28,7 +29,8 @@ def episodes():
 
 def train(folder, **changes):
     """Runs stage A here, on one thread: more add up in another order. Returns its checkpoint."""
-    out, threads = folder / "diffusion.pt", torch.get_num_threads()
+    out = folder / "diffusion.pt"
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     A.main(A.Args(**{**SMALL, "device": "cpu", "out": str(out), **changes}))
     torch.set_num_threads(threads)
@@ -42,67 +44,68 @@ def assert_same(*checkpoints):
 
 @pytest.mark.parametrize("horizon, penalty", [(1, 0.0), (7, 100.0), (31, 100.0)])
 def test_windows_match_a_brute_force_slice(episodes, horizon, penalty):
-    few = [A.Episode(e.observations[-n - 1 :], *(x[-n:] for x in e[1:]))  # with their terminals
-           for e, n in zip(episodes, [31, 12, 45, 30, 7])]  # fmt: skip
+    few = []
+    for e, n in zip(episodes, [31, 12, 45, 30, 7]):  # the last n transitions, with their terminals
+        few.append(A.Episode(e.observations[-n - 1 :], *(x[-n:] for x in e[1:])))
     windows = A.make_windows(few, horizon, gamma=0.9, penalty=penalty)
     places = [(i, t) for i, e in enumerate(few) for t in range(len(e.rewards) - horizon + 1)]
-    assert len(places) == len(windows["start"]) == len(windows["y"])
+    assert len(places) == len(windows.start) == len(windows.y)
     for w, (i, t) in enumerate(places):
-        e, steps = few[i], windows["start"][w] + np.arange(horizon)
-        T, rewards, x = len(e.rewards), e.rewards - penalty * e.terminations, windows["rows"][steps]
+        e = few[i]
+        T = len(e.rewards)
+        steps = windows.start[w] + np.arange(horizon)
+        rewards = e.rewards - penalty * e.terminals
+        x = windows.rows[steps]
         np.testing.assert_allclose(x[:, :11], e.observations[t : t + horizon], rtol=1e-6)
         np.testing.assert_allclose(x[:, 11:-1], e.actions[t : t + horizon], rtol=1e-6)
         np.testing.assert_allclose(x[:, -1], rewards[t : t + horizon], rtol=1e-6)
-        last = windows["rows"][steps[-1] + 1, :11]
-        np.testing.assert_allclose(last, e.observations[t + horizon], rtol=1e-6)
+        last = windows.rows[steps[-1] + 1]
+        np.testing.assert_allclose(last[:11], e.observations[t + horizon], rtol=1e-6)
         y = sum(0.9 ** (k - t) * rewards[k] for k in range(t, T))
-        assert windows["y"][w] == pytest.approx(y, rel=1e-5)
-        assert windows["return_to_go"][w] == pytest.approx(e.rewards[t:].sum(), rel=1e-5)
-        assert (windows["episode"][w], windows["timestep"][w]) == (i, t)
-        assert (windows["terminals"][steps] == e.terminations[t : t + horizon]).all()
+        assert windows.y[w] == pytest.approx(y, rel=1e-5)
+        assert windows.return_to_go[w] == pytest.approx(e.rewards[t:].sum(), rel=1e-5)
+        assert (windows.episode[w], windows.timestep[w]) == (i, t)
+        assert (windows.terminals[steps] == e.terminals[t : t + horizon]).all()
 
 
-def make_episode(kind, rng):
-    """An episode of 50 steps, half of which succeed where there is a goal."""
-    end, wins = np.arange(50) == 49, rng.random() < 0.5
-    walk = 3 + np.cumsum(0.1 * rng.standard_normal(50))
-    distance = -np.linspace(5, 0, 50) + 0.3 * rng.standard_normal(50)
-    rewards, terminates = {
-        "goal": (1.0 * end * wins, wins),
-        "goal after costs": (-1.0 + end * wins, wins),
-        "goal bonus": (distance + 10 * end * wins, wins),
-        "fall": (walk - 1.0 * end, True),
-        "fast fall": (walk + np.maximum(np.arange(50) - 40, 0) / 3, True),
-    }[kind]
-    return A.Episode(rng.random((51, 1)), rng.random((50, 1)), rewards, end & terminates)
-
-
-@pytest.mark.parametrize("kind", ["goal", "goal after costs", "goal bonus", "fall", "fast fall"])
-def test_terminals_that_are_successes_are_told_from_falls(kind, capsys):
+def goal_episodes(num):
+    """Episodes of 50 steps whose last one is a success in every second of them."""
     rng = np.random.default_rng(0)
-    data = [make_episode(kind, rng) for _ in range(40)]
-    assert A.choose_penalty(A.Args(), data, "Any-v0") == 100.0
-    assert ("--terminal-penalty 0 is likely right" in capsys.readouterr().out) == ("goal" in kind)
-    for args, env in ((A.Args(terminal_penalty=0.0), "Any-v0"), (A.Args(), "PointMaze_UMaze-v3")):
-        assert A.choose_penalty(args, data, env) == 0.0
-        assert "likely right" not in capsys.readouterr().out
+    end = np.arange(50) == 49
+    episodes = []
+    for i in range(num):
+        wins = end & (i % 2 == 0)
+        episodes.append(A.Episode(rng.random((51, 1)), rng.random((50, 1)), 1.0 * wins, wins))
+    return episodes
 
 
-def test_hoppers_falls_are_no_successes(episodes, capsys):
-    data = [e._replace(rewards=e.rewards + e.terminations) for e in episodes]  # as v4 pays
-    A.choose_penalty(A.Args(), data, "Hopper-v4")
-    assert "likely right" not in capsys.readouterr().out
+def test_what_terminals_are_paid_and_cost_is_said():
+    episodes = goal_episodes(6)
+    text = A.describe_terminals(episodes, 100.0)
+    assert text.startswith(
+        "terminal transitions: 3, mean reward 1 (of the others 0), each costs 100;"
+    )
+    assert text.endswith("give --terminal-penalty 0")
+    assert A.describe_terminals(episodes[1:2], 100.0) == "terminal transitions: none"
+    only = A.Episode(*(x[-1:] for x in episodes[0]))
+    assert "2, mean reward 1, each costs 0" in A.describe_terminals([only, only], 0.0)
+
+
+@pytest.mark.parametrize("name, penalty", [("Hopper-v5", 100), ("antmaze-umaze-v2", 0)])
+def test_terminals_cost_nothing_in_mazes(name, penalty):
+    args = A.Args()
+    dataset = SimpleNamespace(id="x-v0", env_spec=SimpleNamespace(id=name))
+    A.fill_in_by_domain(args, A.find_domain(dataset))
+    assert args.terminal_penalty == penalty
 
 
 def test_a_dataset_of_successes_without_an_environment(tmp_path, capsys):
     """Stages A and B need none. H = 1 (Table 10) is a transition model."""
-    rng, box = np.random.default_rng(0), gym.spaces.Box(-1, 1, (1,))
-    goals = [make_episode("goal", rng) for _ in range(8)]
-    write_minari(tmp_path / "goals", goals, box, box)
+    box = gym.spaces.Box(-1, 1, (1,))
+    write_minari(tmp_path / "goals", goal_episodes(8), box, box)
     checkpoint = train(tmp_path, env=str(tmp_path / "goals"), horizon=1, train_steps=2)
     assert (checkpoint["env_id"], checkpoint["args"]["terminal_penalty"]) == ("", 100.0)
-    num = sum(e.terminations.sum() for e in goals)
-    assert f"terminal transitions: {num}, each costs 100 (--" in capsys.readouterr().out
+    assert "terminal transitions: 4, mean reward 1 " in capsys.readouterr().out
     run(ROOT / "gta_augment.py", "--num-transitions", 9, "--num-steps", 8, cwd=tmp_path)
     with np.load(tmp_path / "buffer.npz", allow_pickle=False) as file:
         assert file["observations"].shape == (9, 2, 1)
@@ -120,9 +123,11 @@ def test_network_is_the_plain_one(num_rows):
     net = A.MixerUNet(num_rows, 15, 8)
     for p in net.parameters():  # norms start as identities: make every weight count
         p.data += 0.1 * torch.randn_like(p)
-    x, c_noise, y = torch.randn(4, num_rows, 15), torch.randn(4), torch.randn(4)
+    x = torch.randn(4, num_rows, 15)
+    c_noise, y = torch.randn(2, 4)
     keep = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    out, close = net(x, c_noise, y, keep), {"atol": 2e-4, "rtol": 2e-4}
+    out = net(x, c_noise, y, keep)
+    close = {"atol": 2e-4, "rtol": 2e-4}
     torch.testing.assert_close(out[::2], plain_unet(net, x, c_noise, y)[::2], **close)
     torch.testing.assert_close(out[1::2], plain_unet(net, x, c_noise, None)[1::2], **close)
     assert (out[::2] - net(x, c_noise, y, torch.zeros(4))[::2]).abs().max() > 1e-3
@@ -130,15 +135,21 @@ def test_network_is_the_plain_one(num_rows):
 
 def test_preconditioning_and_loss_are_edms():
     torch.manual_seed(0)
-    denoiser, d = A.Denoiser(7, 11, 3, 8, sigma_data=0.5), 0.5
-    x, y, noise = torch.randn(4, 8, 15), torch.randn(4), torch.randn(4, 8, 15)
+    d = 0.5
+    denoiser = A.Denoiser(7, 11, 3, 8, sigma_data=d)
+    x, noise = torch.randn(2, 4, 8, 15)
     x[:, -1, 11:] = noise[:, -1, 11:] = 0
-    keep, sigma = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0.01, 0.5, 2.0, 60.0])
+    y = torch.randn(4)
+    keep = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    sigma = torch.tensor([0.01, 0.5, 2.0, 60.0])
     loss = 0.0
     for i, s in enumerate(sigma.tolist()):
-        c_skip, c_out = d**2 / (s**2 + d**2), s * d / math.sqrt(d**2 + s**2)
-        c_in, c_noise = 1 / math.sqrt(s**2 + d**2), math.log(s) / 4
-        own, noised = slice(i, i + 1), x[i] + s * noise[i]
+        c_skip = d**2 / (s**2 + d**2)
+        c_out = s * d / math.sqrt(d**2 + s**2)
+        c_in = 1 / math.sqrt(s**2 + d**2)
+        c_noise = math.log(s) / 4
+        own = slice(i, i + 1)
+        noised = x[i] + s * noise[i]
         F = denoiser.net(c_in * noised[None], torch.tensor([c_noise]), y[own], keep[own])
         expected = c_skip * noised + c_out * F[0]
         expected[-1, 11:] = 0
@@ -160,7 +171,8 @@ def test_the_learning_rate_is_that_of_cosine_annealing_with_warm_restarts():
 
 def test_nothing_is_left_of_the_initial_weights_in_the_average():
     """It is the mean of the later ones, in proportion to k^18 - (k - 1)^18 at the k-th update."""
-    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = torch.nn.Linear(1, 1, bias=False)
     ema.weight.data.fill_(1e30)  # any share of it would show
     later = torch.randn(40, dtype=torch.float64)
     for k, weight in enumerate(later, start=1):
@@ -191,15 +203,17 @@ def test_main_trains_on_the_batches_of_the_paper(tmp_path, monkeypatch, episodes
     assert keep.mean().item() == pytest.approx(0.75, abs=0.04) and keep.unique().numel() == 2
     assert sigma.log().mean().item() == pytest.approx(-1.2, abs=0.1)
     assert sigma.log().std().item() == pytest.approx(1.2, rel=0.05)
-    y_mean = 0.01 * A.make_windows(episodes, 7, 0.99, 100.0)["y"].mean()
+    y_mean = 0.01 * A.make_windows(episodes, 7, 0.99, 100.0).y.mean()
     assert y.mean().item() == pytest.approx(y_mean, rel=0.03)
     for field in (noise, x[..., :11]):
         assert field.mean().abs() < 0.05 and field.std().item() == pytest.approx(1, abs=0.05)
 
-    keys = "format format_version args versions env dataset_ids env_id obs_dim act_dim horizon"
-    assert set(checkpoint) == {*keys.split(), "normalizer", "model", "ema", "optimizer", "step"}
+    keys = "format format_version args versions env dataset_ids dataset_crc env_id obs_dim act_dim"
+    keys += " horizon normalizer model ema optimizer step"
+    assert set(checkpoint) == set(keys.split())
     table = [np.column_stack([e.observations[:-1], e.actions, e.rewards]) for e in episodes]
-    table, normalizer = np.concatenate(table), checkpoint["normalizer"]  # without the penalty
+    table = np.concatenate(table)  # without the penalty
+    normalizer = checkpoint["normalizer"]
     np.testing.assert_allclose(normalizer["mean"], table.mean(0), atol=1e-5)
     np.testing.assert_allclose(normalizer["std"], table.std(0, ddof=1) + 1e-5, atol=1e-5)
     lr = checkpoint["optimizer"]["param_groups"][0]["lr"].item()
@@ -221,23 +235,66 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 def test_a_file_is_never_replaced_by_something_else(tmp_path, capsys, monkeypatch):
     path = tmp_path / "diffusion.pt"
     train(tmp_path, train_steps=2)
-    before, update = path.read_bytes(), A.update
+    before = path.read_bytes()
     train(tmp_path, train_steps=2, track=True)  # finished: wandb is not even asked
     assert "finished, 2 steps" in capsys.readouterr().out
+    new = str(tmp_path / "new.pt")
     for changes, message in (
-        ({"lr": 0.1, "precision": "bf16"}, "made with lr 0.0003, precision fp32; choose another"),
-        ({"out": str(tmp_path / "new.pt"), "lr": 1e30}, "step 2: loss (nan|inf); .* a lower --lr"),
-        ({"out": str(tmp_path / "new.pt"), "horizon": 12}, "--horizon must be 1, 7, 15"),
+        ({"lr": 0.1}, "made with lr 0.0003; choose another --out"),
+        ({"precision": "bf16"}, "made with precision fp32; choose another --out"),
+        ({"train_steps": 3}, "made with train_steps 2"),  # the cosine depends on it
+        ({"env": str(ROOT / "data/halfcheetah-medium-sample")}, "made with env_id Hopper-v5"),
+        ({"out": new, "lr": 1e30}, "step 2: loss (nan|inf); .* a lower --lr"),
+        ({"out": new, "horizon": 12}, "--horizon 12: must be 1, 7, 15"),
+        ({"out": new, "lr": math.nan}, "--lr is not a number"),
+        ({"out": new, "env": ""}, "--env is empty"),
+        ({"out": str(tmp_path)}, "no diffusion.pt that can be read"),
     ):
         with pytest.raises(SystemExit, match=message):
             train(tmp_path, **{"train_steps": 2, **changes})
-    assert path.read_bytes() == before and not (tmp_path / "new.pt").exists()
+    assert path.read_bytes() == before and [x.name for x in tmp_path.iterdir()] == [path.name]
 
     path.unlink()
-    monkeypatch.setattr(A, "update", lambda *x: (path.write_text("other"), update(*x))[1])
-    with pytest.raises(SystemExit, match="is now of another run; choose another --out"):
+    update = A.update
+
+    def replace_and_update(*inputs):
+        path.write_text("other")
+        return update(*inputs)
+
+    monkeypatch.setattr(A, "update", replace_and_update)
+    with pytest.raises(SystemExit, match="no diffusion.pt that can be read; choose another --out"):
         train(tmp_path, train_steps=2)
     assert path.read_text() == "other"
+
+
+def test_the_place_is_tried_before_the_work(monkeypatch):
+    monkeypatch.setattr(A, "make_windows", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match="/proc/a.pt cannot be written"):
+        A.main(A.Args(**{**SMALL, "device": "cpu", "out": "/proc/a.pt"}))
+
+
+def test_another_dataset_of_the_same_name_is_another_run(tmp_path, episodes):
+    box = gym.spaces.Box(-1, 1, (3,))
+    states = gym.spaces.Box(-np.inf, np.inf, (11,), np.float64)
+    few = episodes[:3]
+    folder = write_minari(tmp_path / "x", few, states, box, gym.spec("Hopper-v5"))
+    train(tmp_path, env=str(folder), train_steps=2)
+    folder = folder.rename(tmp_path / "moved")
+    train(tmp_path, env=str(folder), train_steps=2)  # the same data elsewhere: finished
+    few[0].rewards[0] += 1
+    write_minari(tmp_path / "x", few, states, box, gym.spec("Hopper-v5"))
+    with pytest.raises(SystemExit, match="made with dataset_crc"):
+        train(tmp_path, env=str(tmp_path / "x"), train_steps=2)
+
+
+def test_what_triton_needs_is_named(monkeypatch):
+    A.require_compiler()
+    monkeypatch.setattr(A.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(SystemExit, match="apt install gcc python3-dev.*TORCH_COMPILE_DISABLE=1"):
+        A.require_compiler()
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    A.require_compiler()
 
 
 def test_two_processes_of_torchrun_train_as_one(tmp_path, monkeypatch):
@@ -249,7 +306,9 @@ def test_two_processes_of_torchrun_train_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(A, "edm_loss", mean_of_halves)
     one = train(tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    out = subprocess.check_output([*torchrun, *COMMAND], cwd=tmp_path, env=ONE_THREAD)
-    assert out.count(b"windows: ") == out.count(b"wrote ") == 1
+    command = [*torchrun, *COMMAND]
+    result = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, check=True)
+    assert result.stdout.count(b"windows: ") == result.stdout.count(b"wrote ") == 1
+    assert b"strides" not in result.stderr  # of the gradients, a warning of DDP's
     assert_same(one, torch.load(tmp_path / "diffusion.pt", weights_only=True))
     assert {path.name for path in tmp_path.iterdir()} == {"one", "diffusion.pt"}

@@ -3,13 +3,13 @@
 import json
 import os
 import re
-from collections import deque
+import resource
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_A, TINY_B, run
+from conftest import ROOT, TINY_A, TINY_B, call, message, run
 from torch import nn
 
 import drqbc as D
@@ -17,13 +17,18 @@ import drqbc as D
 TINY = {"batch_size": 4, "train_steps": 4, "eval_every": 2, "eval_episodes": 1, "device": "cpu"}
 
 
-def make_rows(lengths, seed=0, act_dim=2):
-    """Random episodes in V-D4RL's layout."""
-    rng, R = np.random.default_rng(seed), sum(lengths)
+def make_rows(lengths, act_dim=2):
+    """Returns random episodes in V-D4RL's layout."""
+    rng = np.random.default_rng(0)
+    R = sum(lengths)
     step_type = np.concatenate([[0] + [1] * (n - 2) + [2] for n in lengths])
     observation = rng.integers(0, 256, (R, 3, 84, 84), dtype=np.uint8)
     numbers = {"reward": rng.random(R), "discount": rng.random(R), "step_type": step_type}
     return {"observation": observation, "action": rng.uniform(-1, 1, (R, act_dim)), **numbers}
+
+
+def load(out):
+    return torch.load(f"{out}/checkpoint.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +52,18 @@ def vd4rl(walker, tmp_path_factory):
     """Three episodes of random actions, two in a shard of HDF5 and one in a file of NumPy's."""
     folder = tmp_path_factory.mktemp("walker_walk") / "walker_walk" / "medium"
     folder.mkdir(parents=True)
-    rng, episodes = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    episodes = []
     for _ in range(3):
         walker.reset()
         rows = [(D.take_frame(walker), np.zeros(6), 0.0, 1.0, 0)]
         for t in range(20):
-            a, r = np.float32(rng.uniform(-1, 1, 6)), 0.0
-            for _ in range(2):
-                r += walker.step(a).reward
-            rows.append((D.take_frame(walker), a, r, 1.0, 1 + (t == 19)))
-        episodes.append({key: np.array(x) for key, x in zip(D.KEYS, zip(*rows))})
+            a = np.float32(rng.uniform(-1, 1, 6))
+            r = walker.step(a).reward + walker.step(a).reward
+            rows.append((D.take_frame(walker), a, r, 1.0, 2 if t == 19 else 1))
+        episodes.append({key: np.array(x) for key, x in zip(D.Frames._fields, zip(*rows))})
     with h5py.File(folder / "a.hdf5", "w") as file:
-        for key in D.KEYS:
+        for key in D.Frames._fields:
             file[key] = np.concatenate([episodes[0][key], episodes[1][key]])
     np.savez(folder / "b.npz", **episodes[2])
     return folder
@@ -66,30 +71,26 @@ def vd4rl(walker, tmp_path_factory):
 
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_states_are_three_frames_and_rewards_are_of_n_steps(n_step):
-    rows, expected = make_rows([7, 5, 4]), []
+    rows = make_rows([7, 5, 4])
+    expected = []
     for first, end in ((0, 7), (7, 12), (12, 16)):
-        frames = deque([first] * 3, maxlen=3)
-        states = [list(frames)]
-        for k in range(first + 1, end):
-            frames.append(k)
-            states.append(list(frames))
+        shown = [first, first, *range(first, end)]
+        states = [shown[t : t + 3] for t in range(end - first)]
         for t in range(end - first - n_step):  # s_t, a_t leads to row t + 1
             k = [first + t + 1 + j for j in range(n_step)]
             r = sum(0.9**j * rows["reward"][i] for j, i in enumerate(k))
             counts = 0.9**n_step * rows["discount"][k[-1]]
             expected.append((states[t], rows["action"][k[0]], r, counts, states[t + n_step]))
-    data = {key: torch.tensor(x) for key, x in rows.items()}
-    for x, y in zip(D.n_step_transitions(data, n_step, 0.9), zip(*expected)):
+    frames = D.Frames(**{key: torch.tensor(x) for key, x in rows.items()})
+    for x, y in zip(D.n_step_transitions(frames, n_step, 0.9), zip(*expected)):
         np.testing.assert_allclose(x, np.array(y), rtol=1e-6)
 
-    args = D.Args(n_step=n_step, discount=0.9, batch_size=200, device="cpu")
-    draw_batch, act_dim = D.draw_images(data, args)
-    s, a, r, _, s_next = draw_batch()
-    assert act_dim == 2
+    args = D.Train(data="", n_step=n_step, discount=0.9, batch_size=200, device="cpu")
+    s, a, _, _, s_next = D.make_image_sampler(frames, args)()
     for images, place in ((s, 0), (s_next, 4)):
         for image, action in zip(images[:20], a):
-            (own,) = (e for e in expected if (e[1] == action.numpy()).all())
-            frame = torch.from_numpy(rows["observation"][own[place]].reshape(9, 84, 84))
+            (source,) = (e for e in expected if (e[1] == action.numpy()).all())
+            frame = torch.from_numpy(rows["observation"][source[place]].reshape(9, 84, 84))
             wide = nn.functional.pad(frame.float(), (4, 4, 4, 4), "replicate").to(torch.uint8)
             crops = wide.unfold(1, 84, 1).unfold(2, 84, 1)  # [9, 9, 9, 84, 84]
             assert (crops.permute(1, 2, 0, 3, 4) == image).all(-1).all(-1).all(-1).sum() == 1
@@ -146,8 +147,9 @@ def plain_update(weights, batch, noise, args, std):
             new = w[key] - args.lr * g / (g.abs() + 1e-8)  # Adam's first step
             w[key] = new.detach().requires_grad_()
 
-    x, x_next = see(s), see(s_next).detach()
+    x = see(s)
     with torch.no_grad():
+        x_next = see(s_next)
         target = r + discount * torch.minimum(*q(x_next, act(x_next, noise[0]), "_target"))
     q_1, q_2 = q(x, a)
     adam_step(((q_1 - target) ** 2).mean() + ((q_2 - target) ** 2).mean(), ("encoder", "critic"))
@@ -185,143 +187,176 @@ def test_one_update_is_a_plain_rewrites(float64):
 
 
 def test_files_that_are_no_vd4rl_end_in_a_line(tmp_path):
-    def message(**changes):
+    def error(**changes):
         (tmp_path / "a.npz").unlink(missing_ok=True)
         np.savez(tmp_path / "a.npz", **{**make_rows([4, 3]), **changes})
-        with pytest.raises(SystemExit) as error:
-            D.read_frames(tmp_path)
-        return str(error.value)
+        return message(D.read_frames, tmp_path)
 
-    with pytest.raises(SystemExit, match="no folder with .hdf5 files of V-D4RL"):
-        D.read_frames(tmp_path)
-    assert "not uint8 images of 3 x 84 x 84" in message(observation=np.zeros((7, 3, 64, 64)))
-    assert "holds NaN" in message(reward=np.full(7, np.nan))
-    assert "begins within an episode" in message(step_type=np.ones(7))
-    assert "not uint8 images" in message(reward=np.zeros(6))
-    assert "not uint8 images" in message(reward=np.zeros((7, 1)))
-    assert "a.npz: no file of V-D4RL" in message(
-        **{key: x[:0] for key, x in make_rows([3]).items()}
-    )
+    assert "no folder with .hdf5 files of V-D4RL" in message(D.read_frames, tmp_path)
+    assert "not uint8 images of 3 x 84 x 84" in error(observation=np.zeros((7, 3, 64, 64)))
+    assert "holds NaN" in error(reward=np.full(7, np.nan))
+    assert "begins within an episode" in error(step_type=np.ones(7))
+    assert "not uint8 images" in error(reward=np.zeros(6))
+    assert "not uint8 images" in error(reward=np.zeros((7, 1)))
+    assert "not uint8 images" in error(**{key: x[:0] for key, x in make_rows([3]).items()})
+    assert "a.npz: no file of V-D4RL" in error(reward=np.full(7, "many"))
     (tmp_path / "a.hdf5").write_text("no file of HDF5")
-    assert "a.hdf5: no file of V-D4RL" in message()
+    assert "a.hdf5: no file of V-D4RL" in error()
 
 
-def test_no_renderer_ends_in_a_line(tmp_path):
+def test_without_a_renderer_it_says_so_or_trains_without(tmp_path):
     np.savez(tmp_path / "a.npz", **make_rows([6, 6], act_dim=6))
     flags = ["--data", tmp_path, "--task", "walker_walk", "--batch-size", 2, "--train-steps", 1]
     environment = os.environ | {"MUJOCO_GL": "nonsense"}
     script = ROOT / "baselines/drqbc.py"
-    result = run(script, *flags, cwd=tmp_path, ok=False, env=environment)
+    result = run(script, "train", *flags, cwd=tmp_path, ok=False, env=environment)
     assert "cannot render walker_walk, MUJOCO_GL=nonsense; on Debian: apt install" in result.stderr
-    result = run(script, *flags, "--eval-episodes", 0, cwd=tmp_path, env=environment)
-    assert result.stdout.splitlines()[-1] == f"{tmp_path} | drqbc | not evaluated over 1 seed"
+    flags += ["--eval-episodes", 0, "--out", tmp_path / "run"]
+    result = run(script, "train", *flags, cwd=tmp_path, env=environment)
+    assert result.stdout.splitlines()[-1] == f"{tmp_path} | drqbc | none | not evaluated"
+    agent = D.load_agents(tmp_path / "run/checkpoint.pt")
+    assert agent.step == 1 and agent.act(torch.zeros(5, 9, 84, 84)).shape == (5, 6)
 
 
-def test_flags_that_do_not_go_together_end_in_a_line():
-    for flags in ({}, {"data": "a", "aug": "b"}, {"encode": "a"}, {"finetune": "a"}):
-        with pytest.raises(SystemExit, match="give --data; --encode and --out; or --finetune"):
-            D.main(D.Args(**flags, device="cpu"))
-    with pytest.raises(SystemExit, match="names no task"):
-        D.main(D.Args(data="a", device="cpu"))
+def test_flags_that_do_not_go_together_end_in_a_line(tmp_path):
+    assert "finetune needs --aug" in message(D.main, D.Finetune(run="a", device="cpu"))
+    assert "names no task" in message(D.main, D.Train(data="a", device="cpu"))
+    assert "--data is empty" in message(D.main, D.Train(data="", device="cpu"))
+    assert "--aug is empty" in message(D.main, D.Finetune(run="a", aug="", device="cpu"))
+    assert "no run of drqbc.py" in message(D.main, D.Finetune(run="a", aug="b", device="cpu"))
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "latents")  # tried before --run, which is not there
+    assert "cannot be written" in message(D.main, D.Encode(run="a", out=place, device="cpu"))
 
 
 def test_an_evaluation_sees_the_states_of_the_dataset_and_its_rewards(walker, vd4rl):
     """An agent that repeats the recorded actions from the same state meets the same frames."""
-    data, seen = D.read_frames(vd4rl), []
-    actions = iter(data["action"][1:21])
+    frames = D.read_frames(vd4rl)
+    actions = iter(frames.action[1:21])
+    seen = []
 
     class Recorded:
-        def encode(self, s):
+        def act(self, s):
             seen.append(s)
-            return s
-
-        def policy(self, x):
             return next(actions)[None]
 
     args = D.Args(eval_episodes=1, seed=0, device="cpu")  # the seed of the recording
-    (total,) = D.evaluate(Recorded(), walker, args)
-    assert total == pytest.approx(data["reward"][:21].sum().item(), rel=1e-3)
+    (total,), (score,) = D.evaluate(Recorded(), walker, args)
+    assert total == pytest.approx(frames.reward[:21].sum().item(), rel=1e-3)
+    assert score == total / 10
     rows = D.stack(torch.arange(20), torch.zeros(20, dtype=torch.long))
-    assert torch.equal(torch.cat(seen), data["observation"][rows].flatten(1, 2))
+    assert torch.equal(torch.cat(seen), frames.observation[rows].flatten(1, 2))
 
 
 def test_an_agent_on_latents_is_the_one_on_their_images():
     agent = D.DrQBC(D.Args(), 2)
-    s, a = torch.randint(0, 256, (5, 9, 84, 84), dtype=torch.uint8), torch.rand(5, 2)
+    s = torch.randint(0, 256, (5, 9, 84, 84), dtype=torch.uint8)
+    a = torch.rand(5, 2)
     with torch.no_grad():
-        x, z = agent.encode(s), agent.encode(agent.latents(s))
-        torch.testing.assert_close(agent.policy(x), agent.policy(z))
+        x = agent.encode(s)
+        z = agent.encode(agent.latents(s))
+        torch.testing.assert_close(agent.act(s), agent.policy(z))
         torch.testing.assert_close(agent.q(x, a, agent.critic), agent.q(z, a, agent.critic))
 
 
-def test_images_latents_generated_latents_and_fine_tuning(vd4rl, walker, tmp_path, monkeypatch):
-    """The README's five commands, tiny; a run that died goes on to the same bits."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(D, "make_env", lambda *x: walker)
-    D.main(D.Args(**TINY, data=str(vd4rl), out="runs/a"))
-    evaluate, calls = D.evaluate, []
-    monkeypatch.setattr(
-        D, "evaluate", lambda *x: calls.append(1) or evaluate(*x) * (1 // (len(calls) < 2))
-    )
-    with pytest.raises(ZeroDivisionError):  # dies at update 4, after the checkpoint of update 2
-        D.main(D.Args(**TINY, data=str(vd4rl), out="runs/b"))
-    monkeypatch.setattr(D, "evaluate", evaluate)
-    assert torch.load("runs/b/checkpoint.pt", weights_only=True)["step"] == 2
-    D.main(D.Args(**TINY, data=str(vd4rl), out="runs/b"))
-    a, b = (torch.load(f"runs/{x}/checkpoint.pt", weights_only=True) for x in "ab")
+@pytest.fixture(scope="module")
+def chain(vd4rl, walker, tmp_path_factory):
+    """The README's five commands, tiny. The tests that follow run in their folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("chain"))
+        patch.setattr(D, "make_env", lambda *x: walker)
+        D.main(D.Train(**TINY, data=str(vd4rl), out="runs/a"))
+        D.main(D.Encode(run="runs/a", out="latents", device="cpu"))
+        call(ROOT / "gta_diffusion.py", "--env", "latents", *TINY_A, cwd=".")
+        call(ROOT / "gta_augment.py", *TINY_B, "--reweight-bins", 5, cwd=".")
+        D.main(D.Finetune(**TINY, run="runs/a", aug="buffer.npz", out="runs/c"))
+        yield
+
+
+def test_a_run_that_died_or_was_short_goes_on_to_the_same_bits(chain, vd4rl, monkeypatch):
+    flags = {**TINY, "data": str(vd4rl), "out": "runs/b"}
+    D.main(D.Train(**{**flags, "train_steps": 2}))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(D, "evaluate", None)  # dies at update 4
+        D.main(D.Train(**flags))
+    assert load("runs/b")["step"] == 2
+    D.main(D.Train(**flags))
+    a = load("runs/a")
+    b = load("runs/b")
     torch.testing.assert_close(a["agents"], b["agents"], rtol=0, atol=0)
     assert a["evals"] == b["evals"] and [row[0] for row in a["evals"]] == [2, 4]
+    assert "was made with n_step 3" in message(D.main, D.Train(**flags, n_step=1))
+    frames = D.read_frames(vd4rl)
+    frames.observation[-1, 0, 0, 0] += 1
+    monkeypatch.setattr(D, "read_frames", lambda folder: frames)
+    assert "was made with dataset_crc" in message(D.main, D.Train(**flags))
 
-    D.main(D.Args(encode="runs/a", out="latents", device="cpu"))
-    _, agent = D.load_agent("runs/a", D.Args(device="cpu"))
+
+def test_latents_are_what_the_trunks_see_of_the_frames(chain, vd4rl, tmp_path, capsys):
+    agent = D.load_agents("runs/a/checkpoint.pt")
     frames = torch.from_numpy(np.load(vd4rl / "b.npz")["observation"])
-    states = torch.stack(
-        [frames[[max(0, t - 2), max(0, t - 1), t]].flatten(0, 1) for t in range(21)]
-    )
+    rows = [[max(0, t - 2), max(0, t - 1), t] for t in range(21)]
+    states = torch.stack([frames[row].flatten(0, 1) for row in rows])
     (*_, episode) = D.minari.MinariDataset("latents/data")
-    with torch.no_grad():
-        np.testing.assert_allclose(episode.observations, agent.latents(states), atol=1e-5)
+    np.testing.assert_allclose(episode.observations, agent.latents(states), atol=1e-5)
     assert episode.truncations.tolist() == [False] * 19 + [True] and not episode.terminations.any()
     np.testing.assert_allclose(episode.rewards, np.load(vd4rl / "b.npz")["reward"][1:], rtol=1e-6)
-    D.main(D.Args(encode="runs/a", out="latents", device="cpu"))  # is finished
+    D.main(D.Encode(run="runs/a", out="latents", device="cpu"))
+    assert "is finished, walker-walk-latents-" in capsys.readouterr().out
+    flags = D.Encode(run="runs/c", out="latents", device="cpu")
+    assert "no run of drqbc.py on images (it was fine-tuned)" in message(D.main, flags)
+    flags = D.Encode(run="runs/a", out="runs", device="cpu")
+    assert "holds no latents" in message(D.main, flags)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # as a disk that is full
+    flags = D.Encode(run="runs/a", out=str(tmp_path / "new"), device="cpu")
+    assert "new cannot be written ([Errno 27] File too large)" in message(D.main, flags)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
-    run(ROOT / "gta_diffusion.py", "--env", "latents", *TINY_A, cwd=tmp_path)
-    run(ROOT / "gta_augment.py", *TINY_B, "--reweight-bins", 5, cwd=tmp_path)
-    own = {**TINY, "finetune": "runs/a", "aug": "buffer.npz"}
-    args, expected = D.Args(**{**own, "batch_size": 4000}), []
+
+def test_fine_tuning_moves_the_heads_on_real_and_generated_transitions(chain, vd4rl):
+    expected = []
     for e in D.minari.MinariDataset("latents/data"):
         expected += zip(e.observations, e.actions, e.rewards, e.observations[1:])
-    with np.load("buffer.npz") as file:
-        for z, *rest in zip(*(file[key] for key in ("observations", "actions", "rewards"))):
-            expected += zip(z, *rest, z[1:])
-    own_batch = D.draw_latents(agent, "walker_walk", args)[0]()
-    drawn = [np.concatenate([np.ravel(x) for x in row]) for row in zip(*own_batch)]
+    buffer = D.read_buffer("buffer.npz")
+    for z, a, r in zip(buffer.observations, buffer.actions, buffer.rewards):
+        expected += zip(z, a, r, z[1:])
+    _, episodes = D.read_latents("latents")
+    args = D.Finetune(run="", **{**TINY, "batch_size": 4000})
+    batch = D.make_latent_sampler(episodes, buffer, args)()
+    drawn = {np.concatenate([np.ravel(x) for x in row]).tobytes() for row in zip(*batch)}
     rows = [np.concatenate([z, a, [r, 0.99], z_next]) for z, a, r, z_next in expected]
-    assert len(rows) == 60 + 280 and {x.tobytes() for x in drawn} == {
-        np.float32(x).tobytes() for x in rows
-    }
-    D.main(D.Args(**own, out="runs/c"))
-    c = torch.load("runs/c/checkpoint.pt", weights_only=True)["agents"]
-    for key, x in a["agents"].items():
+    assert len(rows) == 60 + 280 and drawn == {np.float32(x).tobytes() for x in rows}
+
+    before = load("runs/a")["agents"]
+    after = load("runs/c")["agents"]
+    for key, x in before.items():
         moves = not re.match(r"encoder|actor\.0|critic\.0", key)  # the targets' trunk does, unused
-        assert torch.equal(x, c[key]) != moves, key
-    config = json.loads((tmp_path / "runs/c/config.json").read_text())
-    assert config["aug_label"].startswith("latents, gta(mu 0.5, alpha 1.3, ")
-    D.main(D.Args(**{**own, "aug": None}, data="latents", out="runs/control"))
-    config = json.loads((tmp_path / "runs/control/config.json").read_text())
-    assert config["aug_label"] == "latents, none"
-    with np.load("buffer.npz") as file:
-        metadata = json.loads(str(file["metadata"])) | {"dataset_ids": ["other-latents"]}
-        np.savez("other.npz", **{**file, "metadata": json.dumps(metadata)})
-    D.main(D.Args(**{**TINY, "train_steps": 2, "seed": 1}, data=str(vd4rl), out="runs/d"))
-    for changes, message in (
-        ({"finetune": "runs/d"}, "not this run's walker-walk-latents-"),
-        ({"finetune": "runs/c"}, "was fine-tuned; give the run on images"),
-        ({"aug": None}, "give --data; --encode and --out; or --finetune"),
-        (
-            {"aug": "other.npz"},
-            "other.npz: of .'other-latents.., not of latents, walker-walk-latents-",
-        ),
+        assert torch.equal(x, after[key]) != moves, key
+    D.main(D.Finetune(**TINY, run="runs/a", data="latents", out="runs/control"))
+    gta, control = (json.load(open(f"runs/{name}/config.json")) for name in ("c", "control"))
+    assert gta["aug_label"].startswith("latents, gta(mu 0.5, alpha 1.3, ")
+    assert control["aug_label"] == "latents, none"
+    assert gta["env"] == str(vd4rl) and gta["num_seeds"] == 1  # for metrics.py
+    assert gta.keys() - control.keys() == {"buffer_crc"}
+    for key in ("model_crc", "dataset_ids", "dataset_crc"):
+        assert gta[key] == control[key]
+
+
+def test_fine_tuning_on_what_is_not_its_own_ends_in_a_line(chain, vd4rl):
+    arrays = dict(np.load("buffer.npz"))
+    metadata = json.loads(str(arrays["metadata"]))
+    for key in ("dataset_ids", "dataset_crc"):
+        np.savez(key, **{**arrays, "metadata": json.dumps({**metadata, key: 1})})
+    D.main(D.Train(**{**TINY, "train_steps": 1, "seed": 1}, data=str(vd4rl), out="runs/d"))
+    flags = D.Encode(run="runs/d", out="latents", device="cpu")
+    assert "latents was made with dataset_id walker-walk-" in message(D.main, flags)
+    for changes, error in (
+        ({"run": "runs/d"}, "not this run's walker-walk-latents-"),
+        ({"data": str(vd4rl)}, "no folder that encode has written"),
+        ({"aug": "dataset_ids.npz"}, "was made from dataset_ids 1, not from ['walker-walk-latents"),
+        ({"aug": "dataset_crc.npz"}, "was made from dataset_crc 1, not from"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            D.main(D.Args(**{**own, **changes, "out": "runs/e"}))
+        flags = {"run": "runs/a", "aug": "buffer.npz", "out": "runs/e", **changes}
+        assert error in message(D.main, D.Finetune(**TINY, **flags))

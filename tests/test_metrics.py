@@ -22,9 +22,10 @@ import td3bc
 def load(env):
     """A dataset, its episodes, transitions, reference and oracle, and what is said of it."""
     datasets = M.open_datasets(env)
-    episodes, space = M.load_episodes(datasets), datasets[0].action_space
-    sample, reference = M.sample_dataset(episodes, 10**9, None), M.make_reference(episodes)
-    std = reference[2][: sample.s.shape[-1]]
+    episodes = M.load_episodes(datasets)
+    sample = M.sample_dataset(episodes, 10**9, None)
+    reference = M.make_reference(episodes)
+    std = reference.std[: sample.s.shape[-1]]
     oracle, said = M.find_oracle(datasets[0], episodes, std)
     return SimpleNamespace(**locals())
 
@@ -38,22 +39,24 @@ def to_buffer(sample, first, N=20, H=5):
     """Recorded transitions as N subtrajectories of H whose terminals hold a penalty."""
     part = np.s_[first : first + N * H]
     shaped = [x[part, 0].reshape(N, H, *x.shape[2:]) for x in sample[:5]]
-    return M.Sample(*shaped, shaped[4].copy(), np.arange(N, dtype=np.float32))
+    return M.Sample(*shaped, shaped[4].copy(), np.arange(N, dtype=np.float64))
 
 
-def record(folder, name, **changes):
+def record(folder, name, dtype=np.float64, **changes):
     """Writes a dataset of random actions: eight episodes of 40 steps, shorter where they end."""
     env = gym.wrappers.FlattenObservation(gym.make(f"gymnasium_robotics:{name}"))
     env.action_space.seed(0)
     episodes = []
     for seed in range(8):
-        states, rows = [env.reset(seed=seed)[0]], []
+        states = [env.reset(seed=seed)[0]]
+        rows = []
         while len(rows) < 40 and not (rows and rows[-1][2]):
             a = env.action_space.sample()
             s, r, terminated, _, _ = env.step(a)
             states.append(s)
             rows.append((a, r, terminated))
-        episodes.append((states, *map(np.array, zip(*rows))))
+        actions, rewards, terminations = map(np.array, zip(*rows))
+        episodes.append((states, actions, rewards.astype(dtype), terminations))
     arguments = {"env_spec": env.unwrapped.spec, "action_space": env.action_space, **changes}
     return str(write_minari(folder / "own", episodes, env.observation_space, **arguments))
 
@@ -63,16 +66,20 @@ def test_oracle_reproduces_the_recorded_transitions(name, own, tmp_path):
     """Where no velocity is beyond its clip: next state, reward and termination."""
     data = own if name == "bundled" else load(record(tmp_path, name))
     part = np.random.default_rng(0).permutation(len(data.sample.r))[:4000]
-    s, a, r, s_next, terminal = (x[part, 0] for x in data.sample[:5])
-    answers = M.ask_oracle(data.oracle, s, a, "test")
+    sample = M.Sample(*(x[part] for x in data.sample[:6]))
+    s, _, r, s_next, terminal = (x[:, 0] for x in sample[:5])
+    answers = M.ask_oracle(data.oracle, sample, "test")
     inside = (np.abs(s) < 10).all(1) & (np.abs(s_next) < 10).all(1)
     assert inside.mean() > (0.8 if name == "bundled" else 0.05)
     assert M.dynamic_error(s_next, answers.s_next, data.std)[inside].max() < 1e-6
     assert (answers.terminal == terminal)[inside].all()
     np.testing.assert_allclose(answers.r[inside], r[inside], atol=1e-3)
     # a state that MuJoCo cannot simulate is not judged: it would answer for a robot at its start
-    s[2, 5], answers.s_next[2], answers.r[2] = 1e11, np.nan, np.nan
-    for x, y in zip(M.ask_oracle(data.oracle, s[:5], a[:5], "test")[:2], answers):
+    s[2, 5] = 1e11
+    answers.s_next[2] = np.nan
+    answers.r[2] = np.nan
+    few = M.Sample(*(x[:5] for x in sample[:6]))
+    for x, y in zip(M.ask_oracle(data.oracle, few, "test")[:2], answers):
         np.testing.assert_allclose(x, y[:5], rtol=0, atol=1e-12)
 
 
@@ -84,43 +91,75 @@ WRAPPED = SPEC | {"additional_wrappers": [{"name": "Log", "entry_point": "a:b", 
     "changes, message",
     [
         ({"env_spec": WRAPPED}, "MuJoCo reproduces "),
-        ({"env_spec": None}, "none, own-v0 names no environment"),
-        ({"env_spec": SPEC | {"id": "os:Mine-v0"}}, "none for os:Mine-v0 ("),
+        ({"env_spec": None}, "none (own-v0 names no environment)"),
+        ({"env_spec": SPEC | {"id": "os:Mine-v0"}}, "none (os:Mine-v0 is not registered; see --"),
         ({"env_spec": SPEC | {"kwargs": {"frame_skip": 5}}}, "none, MuJoCo reproduces 0.0% of the"),
-        ({"action_space": gym.spaces.Box(-9, 9, (3,))}, "none, the actions of own-v0 are Box(-9.0"),
+        ({"action_space": gym.spaces.Box(-9, 9, (3,))}, "none (the actions of own-v0 are Box(-9.0"),
     ],
 )
-def test_what_has_no_oracle_says_so(changes, message, tmp_path, capsys):
+def test_what_has_no_oracle_says_so(changes, message, tmp_path):
     """Wrapped; unnamed, unregistered, code of a file's own, other dynamics, other actions."""
     own = load(record(tmp_path, "Hopper-v5", **changes))
     assert (own.oracle is None) == message.startswith("none") and own.said.startswith(message)
-    assert ("without the wrappers Log\n" in capsys.readouterr().out) == (own.oracle is not None)
+
+
+def test_a_package_of_ones_own_has_an_oracle(tmp_path):
+    """Only what the user names is imported; a float32 reward is a number in metrics.json, too."""
+    spec = SPEC | {"id": "OwnHopper-v0"}
+    folder = record(tmp_path, "Hopper-v5", env_spec=spec, dtype=np.float32)
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium as gym\ngym.register('OwnHopper-v0', "
+        "'gymnasium.envs.mujoco.hopper_v5:HopperEnv', max_episode_steps=1000)\n"
+    )
+    metadata = {"format": "gta-buffer", "format_version": 1, "method": "own", "env": folder}
+    episodes = M.load_episodes(M.open_datasets(folder))
+    arrays = {"observations": np.stack([e.observations[:6] for e in episodes])}
+    arrays["actions"] = np.stack([e.actions[:5] for e in episodes])
+    arrays["rewards"] = np.stack([e.rewards[:5] for e in episodes]).astype(np.float16)
+    arrays["terminals"] = np.stack([e.terminals[:5] for e in episodes])
+    np.savez(tmp_path / "own.npz", **arrays, metadata=json.dumps(metadata))
+    command = [ROOT / "metrics.py", "--aug", "own.npz", "--plot", "a.svg"]
+    assert "oracle: none (OwnHopper-v0 is not registered; " in run(*command, cwd=tmp_path).stdout
+    output = run(*command, "--env-package", "mine", cwd=tmp_path).stdout
+    rows = {key: cells for key, *cells in (re.split("  +", x) for x in output.splitlines())}
+    assert "oracle: MuJoCo reproduces" in output
+    assert rows["reward of the sources, per step"] == ["-", "-"]
+    numbers = json.loads((tmp_path / "metrics.json").read_text())["numbers"]
+    assert numbers["own"]["reward"] == pytest.approx(numbers["own"]["oracle reward"], abs=1e-3)
+    assert (tmp_path / "a.svg").read_text().count("axes_") == 1  # no condition, no empty panel
+    error = run(*command, "--env-package", "nothing", cwd=tmp_path, ok=False).stderr
+    assert "--env-package nothing cannot be imported" in error
 
 
 @pytest.mark.parametrize("dims, rank", [(1, 1), (5, 2)])
 def test_nearest_distance_is_brute_force(dims, rank):
     """Actions of one dimension lie dense: a product in float32 would find the wrong one."""
     rng = np.random.default_rng(0)
-    data, queries = (rng.normal(size=(n, dims)) for n in (500, 10_050))  # in two chunks
+    data = rng.normal(size=(500, dims))
+    queries = rng.normal(size=(10_050, dims))  # in two chunks
     expected = np.linalg.norm(queries[:, None] - data[None], axis=-1)
     expected = np.sort(expected, axis=1)[:, rank - 1]
     by_product = M.nearest_by_product(*map(torch.from_numpy, (data, queries)), rank)  # of a GPU
-    np.testing.assert_allclose(by_product, expected, atol=1e-12)
+    np.testing.assert_allclose(by_product, expected, atol=1e-7)  # near 0 it is a rounded square's
+    np.testing.assert_allclose(by_product[expected > 0.1], expected[expected > 0.1], rtol=1e-12)
     np.testing.assert_allclose(M.nearest_distance(data, queries, rank, "cpu"), expected, atol=1e-12)
-    assert (M.nearest_by_product(*[torch.from_numpy(data)] * 2, 1) == 0).all()
 
 
 @pytest.mark.parametrize("rank", [1, 2])  # 2: of the dataset itself
 def test_novelty_against_loops(own, rank):
-    sa, mean, std = own.reference
-    rng, data, sample = np.random.default_rng(0), sa[4990:5060], to_buffer(own.sample, 5000, 6, 4)
-    assert not any(M.novelty((data, mean, std), sample, 1, "cpu").values())  # copies are not novel
+    sa, std = own.reference
+    rng = np.random.default_rng(0)
+    data = sa[4990:5060]
+    reference = M.Reference(data, std)
+    sample = to_buffer(own.sample, 5000, 6, 4)
+    assert not any(M.novelty(reference, sample, 1, "cpu").values())  # copies are not novel
     sample = sample._replace(s=sample.s + 0.1 * rng.normal(size=sample.s.shape))
-    numbers = M.novelty((data, mean, std), sample, rank, "cpu")
+    numbers = M.novelty(reference, sample, rank, "cpu")
     rows = [np.concatenate(x) for x in zip(sample.s.reshape(-1, 11), sample.a.reshape(-1, 3))]
     parts = {"state": range(11), "action": range(11, 14), "state-action": range(14)}
     for part, units in itertools.product(parts, ("raw", "standardised")):
-        scale, distances = np.ones(14) if units == "raw" else std, []
+        scale = np.ones(14) if units == "raw" else std
+        distances = []
         for x in rows:
             squares = [sum(((x - y)[d] / scale[d]) ** 2 for d in parts[part]) for y in data]
             distances.append(sorted(squares)[rank - 1] ** 0.5)
@@ -131,30 +170,28 @@ def test_novelty_against_loops(own, rank):
 
 def test_the_reference_and_s4rl_are_the_datasets(own):
     rows = np.concatenate([np.hstack([e.observations[:-1], e.actions]) for e in own.episodes])
-    for x, y in zip(own.reference, (rows, rows.mean(0), rows.std(0))):
-        np.testing.assert_allclose(x, y)
+    np.testing.assert_allclose(own.reference.sa, rows)
+    np.testing.assert_allclose(own.reference.std, rows.std(0))
     noised = M.add_state_noise(own.sample, own.std, 0.01, np.random.default_rng(0))
     for x, y in zip((noised.s, noised.s_next), (own.sample.s, own.sample.s_next)):
         np.testing.assert_allclose(((x - y) / own.std).std((0, 1)), 0.01, rtol=0.02)
 
 
 def test_shares_rewards_and_controllability(own):
-    buffer, number = to_buffer(own.sample, 0, N=30, H=4), np.arange(120.0)
+    buffer = to_buffer(own.sample, 0, N=30, H=4)
+    number = np.arange(120.0)
     buffer.terminal[:] = False
     buffer.terminal[3, -1] = buffer.penalised[3, -1] = True
+    buffer.condition[3] = np.nan
     buffer.r[3, -1] = -100.0
-    buffer.a[:] = 0.2
-    buffer.a[0, 0] = [1.0, -1.0, 0.5]
     s_true = (buffer.s_next + 0.3 * own.std).reshape(-1, 11)
-    answers = M.Answers(s_true, number, number == 5, (number < 12) * 1.0)
-    numbers = M.measure(buffer, answers, own.std, own.space)
+    answers = M.Answers(s_true, number, number == 5)
+    numbers = M.measure(buffer, answers, own.std)
     assert numbers["terminal"] == numbers["oracle terminal"] == 1 / 120
-    assert numbers["unhealthy states"] == 0.1
     assert numbers["dynamic MSE"] == pytest.approx(0.09, rel=1e-5)
-    assert numbers["actions at a bound"] == pytest.approx(2 / 360)
     assert numbers["reward"] == pytest.approx(np.delete(buffer.r, 15).mean())
-    own_source = M.measure(buffer._replace(source=buffer.r + 1), answers, own.std, own.space)
-    assert own_source["reward of the sources"] == pytest.approx(numbers["reward"] + 1)
+    sourced = M.measure(buffer._replace(source_r=buffer.r + 1), answers, own.std)
+    assert sourced["reward of the sources"] == pytest.approx(numbers["reward"] + 1)
     assert numbers["oracle reward"] == pytest.approx(number.mean())
     assert numbers["oracle reward, not penalised"] == pytest.approx((number.sum() - 15) / 119)
     kept = (np.delete(x, 3) for x in (buffer.condition, buffer.r.sum(1)))
@@ -162,65 +199,151 @@ def test_shares_rewards_and_controllability(own):
 
 
 def test_samples_are_whole_subtrajectories(own, pipeline):
-    buffer, metadata = M.read_buffer(pipeline / "buffer.npz")
-    buffer["terminals"][1, 2] = True
+    buffer = M.read_buffer(pipeline / "buffer.npz")
+    buffer.terminals[1, 2] = True
+    metadata = buffer.metadata
     no_penalty = {"diffusion": metadata["diffusion"] | {"terminal_penalty": 0.0}}
     for change in ({"restore_terminal_reward": True}, no_penalty, {}):
-        sample = M.sample_buffer(buffer, metadata | change, own.episodes, 10**6, None)
+        changed = buffer._replace(metadata=metadata | change)
+        sample = M.sample_buffer(changed, own.episodes, 10**6, None)
         assert (sample.penalised == (sample.terminal & (not change))).all()
-    s, r = buffer["observations"], buffer["rewards"]
-    for x, y in zip(sample, (s[:, :7], buffer["actions"], r, s[:, 1:], buffer["terminals"])):
+        costly = sample.terminal.any(1) & (change is not no_penalty)  # the condition is penalised
+        assert (np.isnan(sample.condition) == costly).all()
+    s, a, r, terminal = buffer[1:5]
+    for x, y in zip(sample, (s[:, :7], a, r, s[:, 1:], terminal)):
         np.testing.assert_array_equal(x, y)
-    for i, (episode, t) in enumerate(zip(buffer["episode"], buffer["timestep"])):
+    for i, (episode, t) in enumerate(zip(buffer.episode, buffer.timestep)):
         rewards = own.episodes[episode].rewards
-        assert sample.source[i].tolist() == [rewards[t + k] for k in range(7)]
-    own_data = {key: x for key, x in buffer.items() if key != "episode"}  # README: a user's own
-    assert M.sample_buffer(own_data, metadata, own.episodes, 10**6, None).source is None
-    fewer = M.sample_buffer(buffer, metadata, own.episodes, 50, np.random.default_rng(0)).r
-    assert len({x.tobytes() for x in fewer} & {x.tobytes() for x in r}) == 8
+        assert sample.source_r[i].tolist() == [rewards[t + k] for k in range(7)]
+    without = buffer._replace(episode=None)  # README: a user's own
+    assert M.sample_buffer(without, own.episodes, 10**6, None).source_r is None
+    fewer = M.sample_buffer(buffer, own.episodes, 50, np.random.default_rng(0)).r
+    assert len(np.unique(fewer, axis=0)) == 8 and np.isin(fewer, r).all()
     returns = [e.rewards[t : t + 5].sum() for e in own.episodes for t in range(len(e.rewards) - 4)]
     np.testing.assert_allclose(M.dataset_returns(own.episodes, 5), returns, rtol=1e-6)
 
 
+def test_condition_and_return_are_of_the_same_steps(own, pipeline):
+    """A condition that is the source's own return asks for what the source's H steps return."""
+    buffer = M.read_buffer(pipeline / "buffer.npz")
+    gamma = buffer.metadata["diffusion"]["gamma"]
+    penalty = buffer.metadata["diffusion"]["terminal_penalty"]
+    condition = []
+    for episode, t in zip(buffer.episode, buffer.timestep):
+        e = own.episodes[episode]
+        rewards = e.rewards - penalty * e.terminals
+        condition.append(sum(gamma**k * r for k, r in enumerate(rewards[t:])))
+    same = buffer._replace(condition=np.array(condition))
+    sample = M.sample_buffer(same, own.episodes, 10**6, None)
+    source_returns = [sum(gamma**k * x for k, x in enumerate(row)) for row in sample.source_r]
+    known = ~sample.terminal.any(axis=1)
+    np.testing.assert_allclose(sample.asked[known], np.array(source_returns)[known], rtol=1e-9)
+    draw = partial(M.draw_condition, sample)
+    (axes,) = M.draw_figure({"a": [draw]}).axes
+    source, generated = (x.get_offsets() for x in axes.collections)
+    np.testing.assert_allclose(source[:, 0], source[:, 1])  # on the diagonal
+    np.testing.assert_allclose(generated[:, 0], source[:, 0])
+    expected = (sample.r @ gamma ** np.arange(7))[known]
+    np.testing.assert_allclose(np.sort(generated[:, 1]), np.sort(expected))
+
+
+def test_trajectories_of_recorded_windows_are_their_sources(own):
+    """From the first state alone MuJoCo goes where it went. The window is the one in the middle."""
+    N, H = 9, 6
+    sample = to_buffer(own.sample, 0, N, H)
+    source = np.array([(0, t) for t in range(0, N * H, H)])
+    gain = np.random.default_rng(0).permutation(N)
+    sample = sample._replace(source=source, source_r=sample.r - gain[:, None])
+    trajectories = M.make_trajectories(own.episodes, sample, own.oracle)
+    i = list(gain).index(N // 2)
+    rows = slice(i * H, i * H + H)
+    source, generated, true = trajectories.values()
+    np.testing.assert_array_equal(source[:, :-1], own.episodes[0].observations[rows])
+    np.testing.assert_array_equal(generated[:, :-1], source[:, :-1])
+    np.testing.assert_allclose(true, generated, atol=1e-6)
+    np.testing.assert_allclose(true[:, -1], source[:, -1] + N // 2)
+    # the dimensions that were changed most are drawn, in the widest first
+    changed = sample.s.copy()
+    changed[:, 1, [7, 2, 5]] += np.array([3, 2, 1]) * 50 * own.std[[7, 2, 5]]
+    changed = sample._replace(s=changed)
+    pictures = M.list_pictures(own.episodes, changed, None, None, own.std)
+    names = [axes.get_ylabel() for axes in M.draw_figure({"a": pictures}).axes]
+    assert names == ["density", "reward", *(f"state, dimension {i}" for i in (7, 2, 5))]
+
+
+def test_a_path_is_drawn_over_the_walls_of_its_maze(tmp_path):
+    own = load(record(tmp_path, "PointMaze_Medium-v3"))
+    maze = own.oracle.maze
+    sample = to_buffer(own.sample, 0, 3, 5)
+    sample = sample._replace(source=np.zeros((3, 2), int), source_r=sample.r)
+    pictures = M.list_pictures(own.episodes, sample, None, own.oracle, own.std)
+    axes = M.draw_figure({"a": pictures}).axes[-1]
+    (image,) = axes.images
+    left, right, bottom, top = image.get_extent()
+    walls = image.get_array()
+    for row, cells in enumerate(maze.maze_map):
+        for column, cell in enumerate(cells):
+            x, y = maze.cell_rowcol_to_xy(np.array([row, column]))
+            i = int((top - y) / (top - bottom) * len(walls))
+            j = int((x - left) / (right - left) * len(cells))
+            assert walls[i, j] == (cell == 1)
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), own.episodes[0].observations[:5, :2])
+
+
 def test_the_command_prints_and_writes_all_numbers(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, script = pipeline / "buffer.npz", ROOT / "metrics.py"
+    path = pipeline / "buffer.npz"
+    command = [ROOT / "metrics.py", "--num-transitions", 140, "--aug", path]
     Path("b.npz").write_bytes(path.read_bytes())
-    flags = ["--aug", path, "b.npz", "--num-transitions", 140, "--s4rl-sigma", 3e-4]
-    output = run(script, *flags, "--plot", "a.png", cwd=tmp_path).stdout
-    report, (buffer, metadata) = json.loads(Path("metrics.json").read_text()), M.read_buffer(path)
-    names = ["dataset", metadata["label"], metadata["label"] + " b.npz", "s4rl(0.0003)"]
-    assert list(report["numbers"]) == names
+    flags = ["b.npz", "--s4rl-sigma", 3e-4, "--all", "--plot", "a.png"]
+    output = run(*command, *flags, cwd=tmp_path).stdout
+    report = json.loads(Path("metrics.json").read_text())
+    buffer = M.read_buffer(path)
+    label = buffer.metadata["label"]
+    assert list(report["numbers"]) == ["dataset", label, label + " b.npz", "s4rl(0.0003)"]
     dataset, own, copy, s4rl = report["numbers"].values()
     assert own == copy and own["transitions"] == dataset["transitions"] == 140
     assert dataset["dynamic MSE, median"] < 1e-20 < s4rl["dynamic MSE, median"] < 1e-4
     rows = {key: cells for key, *cells in (re.split("  +", x) for x in output.splitlines())}
-    assert rows["controllability"][0] == "-" and len(own) == 25
+    assert list(rows)[3:8] == list(M.HEADLINES.values()) and len(own) == 23
+    assert rows["error of s', mean square, standardised"][4] == "0.0008"  # the paper's
+    assert rows["controllability, Pearson's r"][0] == "-"
     for key, number in own.items():
-        assert float(rows[key][1]) == pytest.approx(number, rel=1e-3)
+        cell, *gain = rows[M.HEADLINES.get(key, key)][1].split()
+        assert float(cell) == pytest.approx(number, rel=1e-3)
+        if gain:
+            source = own["reward of the sources"]
+            assert float(gain[0][1:-2]) == pytest.approx(100 * (number / source - 1), abs=0.06)
 
-    # nothing is replaced by something else; the same flags make it anew, here without MuJoCo
-    buffer["observations"] = buffer["observations"][:, 1:]
-    np.savez("short.npz", **buffer, metadata=json.dumps(metadata))
-    before = {x.name: x.read_bytes() for x in tmp_path.iterdir()}
+    # the same command makes it all anew; nothing is replaced by something else
+    again = run(*command, *flags, cwd=tmp_path, env=os.environ | {"MUJOCO_GL": "nonsense"}).stdout
+    assert "oracle: none (" in again and "wrote a.png" in again
+    short = buffer._replace(observations=buffer.observations[:, 1:])._asdict()
+    np.savez("short.npz", **{**short, "metadata": json.dumps(buffer.metadata)})
+    changed = buffer._replace(rewards=buffer.rewards + 1)._asdict()
+    changed["metadata"] = json.dumps(buffer.metadata | {"dataset_crc": 1})
+    np.savez("other.npz", **changed)
+    Path("folder").mkdir()
+    before = {x.name: x.read_bytes() for x in tmp_path.iterdir() if x.is_file()}
     for changes, message in (
-        ({"aug": ("b.npz",)}, "metrics.json was made with aug "),
+        ({"seed": 1}, "metrics.json was made with "),
         ({"out": "b.npz"}, "--out b.npz: no file of metrics.py; choose another --out"),
-        ({"out": "b.json", "plot": "a.png"}, "--plot a.png is there, of other flags"),
-        ({"out": "b.json", "aug": ("short.npz",)}, "s, a, r, s' are [(40, 6, 11), (40, 7, 3), (40"),
+        ({"out": "b.json", "plot": "a.png"}, "a.png is not of this command; choose another --plot"),
+        ({"out": "b.json", "plot": "a.jpg"}, "--plot a.jpg: must end in .png, .pdf or .svg"),
+        ({"out": "a.png/b.json"}, "a.png/b.json cannot be written"),
+        ({"aug": ("short.npz",)}, "--aug short.npz: its arrays are [(40, 7, 11), (40, 7, 3), (40"),
+        ({"aug": ("other.npz",)}, "--aug other.npz was made from dataset_crc 1, not from "),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
-            M.main(M.Args(**{"aug": (str(path),), **changes}))
-    assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == before
-    output = run(script, *flags, cwd=tmp_path, env=os.environ | {"MUJOCO_GL": "nonsense"}).stdout
-    assert "oracle: none for Hopper-v5, MUJOCO_GL is nonsense (" in output
+            M.main(M.Args(**{"aug": (str(path),), "device": "cpu", **changes}))
+    assert {x.name: x.read_bytes() for x in tmp_path.iterdir() if x.is_file()} == before
 
 
-def write_run(root, algorithm, aug, env, *scores, last=10, **changes):
+def write_run(root, algorithm, label, env, *scores, last=10, **changes):
     """Writes what a learner writes; scores [agents] are those of the last evaluation."""
     folder = root / f"{len(list(root.iterdir()))}"
     folder.mkdir()
-    config = {"script": algorithm, "aug_label": aug, "env": env, "train_steps": 10, "seed": 0}
+    config = {"script": algorithm, "aug_label": label, "env": env, "train_steps": 10, "seed": 0}
     config |= {"num_seeds": len(scores), "batch_size": 256, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     rows = [f"{step},{i},0,{x}\n" for step in (5, last) for i, x in enumerate(scores)]
@@ -250,13 +373,16 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     folders += [write("iql", "gta", "hopper", 75, 71, 73), write("iql", "gta", "walker", 9, 5, 8)]
     folders += [write("cql", "none", "hopper", 50), write("cql", "none", "hopper", 55, 57)]
     folders += [write("cql", "none", "hopper", 59, seed=2, batch_size=7)]
-    folders += [write("cql", "none", "hopper", 0, last=7)]
+    folders += [write("cql", "none", "hopper", 0, last=7), write("cql", "none", "hopper", 3)]
+    Path(folders[8], "config.json").write_text('{"script": "cql"')
     M.main(M.Args(runs=tuple(folders)))
     output, notes = (text.splitlines() for text in capsys.readouterr())
-    assert notes[:-1] == [
-        f"cql + none, hopper: seed 0 counts as in the later {folders[5]}",
-        f"cql + none, hopper: runs differ in batch_size; {folders[6]}",
-        f"left out: {folders[7]} was not evaluated at update 10",
+    reason = "no run that came to its end ("
+    assert notes[0] == f"left out: {folders[7]}, {reason}not evaluated at update 10)"
+    assert notes[1].startswith(f"left out: {folders[8]}, {reason}")
+    assert notes[2:-1] == [
+        "cql, hopper: batch_size is 256 (none), 7 (none)",
+        f"left out: seed 0 of an earlier folder, which {folders[5]} has, too",
     ]
     rows = {key: cells for key, *cells in (re.split("  +", line) for line in output)}
     assert rows["cql"] == [f"57.0 +- {np.std([55, 57, 59]):.1f} (3)", "-", "-"]
@@ -264,18 +390,41 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     assert rows["iql + gta"][2] == f"{average.mean():.1f} +- {average.std():.1f} (3)"
 
 
+def test_what_is_not_alike_is_told_apart(tmp_path, capsys):
+    """Two buffers of one label, two datasets of one name, one of two names, other lengths."""
+    write = partial(write_run, tmp_path)
+    first = {"dataset_crc": 1, "buffer_crc": 11, "aug": "a.npz"}
+    folders = [write("iql", "gta", "hopper", 1, 2, **first)]
+    folders += [write("iql", "gta", "hopper", 3, 4, **first | {"buffer_crc": 12, "aug": "b.npz"})]
+    folders += [write("iql", "none", "./hopper", 5, 6, dataset_crc=1, last=20, train_steps=20)]
+    folders += [write("iql", "none", "walker", 7, dataset_crc=2)]
+    folders += [write("iql", "none", "walker", 9, dataset_crc=3)]
+    M.main(M.Args(runs=tuple(folders)))
+    output, notes = (text.splitlines() for text in capsys.readouterr())
+    assert re.split("  +", output[0]) == ["", "hopper", "walker [2]", "walker [3]", "average"]
+    rows = {key: cells for key, *cells in (re.split("  +", line) for line in output)}
+    assert rows["iql + gta [a.npz, 11]"][0] == "1.5 +- 0.5 (2)"
+    assert rows["iql + gta [b.npz, 12]"][0] == "3.5 +- 0.5 (2)"
+    assert rows["iql"][:3] == ["5.5 +- 0.5 (2)", "7.0 +- 0.0 (1)", "9.0 +- 0.0 (1)"]
+    lengths = "20 (none), 10 (gta [a.npz, 11], gta [b.npz, 12])"
+    assert notes[0] == f"iql, hopper: train_steps is {lengths}"
+
+
 def test_learning_curves_are_means_and_deviations_over_seeds(tmp_path):
     write = partial(write_run, tmp_path)
     folders = [write("iql", "none", "hopper", 60, 62, 70), write("iql", "gta", "hopper", 71, 73)]
     folders += [write("cql", "none", "walker", 1, 2), write("iql", "none", "walker", 5, 9, seed=3)]
-    for own, first in ((0, 50), (1, 58)):  # an evaluation before, other scores
-        path = Path(folders[own], "evals.csv")
+    for number, first in ((0, 50), (1, 58)):  # an evaluation before, other scores
+        path = Path(folders[number], "evals.csv")
         path.write_text(re.sub(r"(?m)^5,(.),0,.*", rf"5,\1,0,{first}\1", path.read_text()))
-    table = M.read_runs(folders)
-    axes = np.reshape(M.draw_curves(table, ["hopper", "walker"]).axes, (2, 2))
-    assert [[len(axis.lines) for axis in row] for row in axes] == [[0, 1], [2, 1]]  # cql, iql
+    runs = M.tell_apart(M.read_runs(folders))
+    panels = M.draw_figure(M.list_curves(runs, M.collect_curves(runs))).axes
+    titles = ["cql, walker", "iql, hopper", "iql, walker"]
+    assert [panel.get_title() for panel in panels] == titles
+    assert [len(panel.lines) for panel in panels] == [1, 2, 1]
+    assert len({line.get_linestyle() for line in panels[1].lines}) == 2
     for line, band, first, last in zip(
-        *(axes[1, 0].lines, axes[1, 0].collections),
+        *(panels[1].lines, panels[1].collections),
         *(([500, 501, 502], [580, 581]), ([60, 62, 70], [71, 73])),  # none, gta
     ):
         np.testing.assert_array_equal(line.get_xdata(), [5, 10])
@@ -286,15 +435,18 @@ def test_learning_curves_are_means_and_deviations_over_seeds(tmp_path):
             np.testing.assert_allclose(y.max(), np.mean(scores) + np.std(scores))
             np.testing.assert_allclose(y.min(), np.mean(scores) - np.std(scores))
 
-    M.main(M.Args(runs=tuple(folders), plot=str(tmp_path / "b" / "curves.svg")))
-    assert "iql, hopper" in (tmp_path / "b" / "curves.svg").read_text()  # a comment of the text
-    with pytest.raises(SystemExit, match="curves.svg is there; remove it or choose another name"):
-        M.main(M.Args(runs=tuple(folders), plot=str(tmp_path / "b" / "curves.svg")))
+    path = tmp_path / "b" / "curves.svg"
+    for _ in range(2):  # the second is onto the picture of the same command
+        M.main(M.Args(runs=tuple(folders), plot=str(path)))
+        assert "iql, hopper" in path.read_text()  # a comment of the text
+    with pytest.raises(SystemExit, match="curves.svg is not of this command; choose another"):
+        M.main(M.Args(runs=tuple(folders[1:]), plot=str(path)))
 
 
 def test_runs_of_a_learner_are_read(tmp_path):
-    out, tiny = str(tmp_path / "a"), {"train_steps": 6, "batch_size": 32, "eval_every": 6}
-    td3bc.main(td3bc.Args(**tiny, eval_episodes=2, num_seeds=2, device="cpu", out=out))
+    tiny = {"train_steps": 6, "batch_size": 32, "eval_every": 6, "eval_episodes": 2}
+    td3bc.main(td3bc.Args(**tiny, num_seeds=2, device="cpu", out=str(tmp_path / "a")))
     output = run(ROOT / "metrics.py", "--runs", "a", "--table", "latex", cwd=tmp_path).stdout
+    output = re.sub(" +", " ", output)
     scores = np.loadtxt(tmp_path / "a" / "evals.csv", delimiter=",", skiprows=1)[:, 3]
     assert rf"td3bc & {scores.mean():.1f} $\pm$ {scores.std():.1f} (2) \\" in output
