@@ -49,13 +49,14 @@ class Args:
     # --- augmentation ---
     mu: float = 0.25  # noising ratio in (0, 1]: 0 would keep all, 1 starts from noise (eq. 9)
     alpha: float = 1.1  # amplification of the return that is asked for (eq. 8)
-    # what the generated trajectories are asked for: each source's amplified return; the dataset's
-    # largest return, amplified, for all (F.1); nothing (Table 19); or no return, but each source's
-    # rewards, times alpha, which are kept in place while the rest is denoised (E.6)
+    # what the generated trajectories are asked for. amplified: each source's amplified return;
+    # fixed: the dataset's largest return, amplified, for all (F.1); none: nothing (Table 19);
+    # inpaint: the source's rewards times alpha, in place while the rest is denoised (E.6)
     condition: Literal["amplified", "fixed", "none", "inpaint"] = "amplified"
     guidance: float = 2.0  # w of eq. 4 (Table 7); 0: condition without guidance, at half the cost
     num_steps: int = 128  # K, diffusion steps from sigma_max to 0 (Table 7)
-    restore_terminal_reward: bool = False  # add stage A's penalty back to terminal rewards
+    # add stage A's penalty back to terminal rewards, else learners train on it
+    restore_terminal_reward: bool = False
     # --- sources ---
     num_transitions: int = 5_000_000  # transitions to generate, in subtrajectories of H (B.1)
     # N_B > 0 draws sources with rare, high returns more often (eq. 13, Table 9), for dense rewards
@@ -153,7 +154,8 @@ def edm_sampler(denoise, x, sigmas, gamma, s_min=0.05, s_max=50.0, s_noise=1.003
 @torch.no_grad()
 def augment(args, denoiser, source, y_hat, s_churn=80.0):
     """Noises windows source [B, H + 1, D], standardised, as far as mu says (eq. 9), and denoises
-    them (eq. 10) as --condition says, towards the scaled returns y_hat [B]. Returns them."""
+    them (eq. 10) as --condition says, towards the scaled returns y_hat [B]. Returns them. To
+    inpaint, the source's rewards are amplified already."""
     x, sigmas = partial_noise(source, noise_schedule(args.num_steps), args.mu)
     denoise = partial(unconditional_denoiser, denoiser)
     if args.condition in ("amplified", "fixed"):
@@ -184,7 +186,7 @@ def reweighted_probabilities(y, num_bins, u, q, max_ratio=5.0):
     share = count / len(y)
     midpoint = (edges[:-1] + edges[1:]) / 2
     bin_of = np.clip(np.searchsorted(edges, y, side="right") - 1, 0, num_bins - 1)
-    log_weight = (-np.log(share + u) - np.abs(y.max() - midpoint) / q)[bin_of]  # v_j / |B_j|
+    log_weight = (-np.log(share + u) - np.abs(y.max() - midpoint) / q)[bin_of]  # log(v_j / |B_j|)
     p = np.exp(log_weight - log_weight.max())
     p = np.minimum(p / p.sum(), max_ratio / len(y))
     return p / p.sum()
@@ -210,8 +212,8 @@ def pick_windows(episode, episode_returns, top, min_return):
 
 
 def choose_sources(args, y, episode, episode_returns, num_sources):
-    """Draws N windows: indices into y [W], their scaled returns, and episode [W], the episodes that
-    they are of, whose returns are [E]. Without weights all come equally often."""
+    """Returns the indices of N windows to augment. y [W] are scaled returns, episode [W] is each
+    window's episode, episode_returns are [E]. Without weights all come equally often."""
     rng = np.random.default_rng(args.seed)
     picked = pick_windows(episode, episode_returns, args.source_top, args.source_min_return)
     num_picked = len(picked)
@@ -229,7 +231,7 @@ def choose_sources(args, y, episode, episode_returns, num_sources):
 
 
 def take(windows, index):
-    """Returns the windows [N] of these indices into all of them [W]."""
+    """Returns the windows at these indices. Their rows stay whole: start points into them."""
     of_window = ("start", "episode", "timestep", "y", "return_to_go")
     return windows._replace(**{key: getattr(windows, key)[index] for key in of_window})
 
@@ -590,7 +592,7 @@ def make_windows(episodes, horizon, gamma, penalty):
 # --- files ---
 
 PACKAGES = ("torch", "numpy", "gymnasium", "minari")
-# what may differ when a run goes on: names of inputs (their checksums count), places
+# flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
 FREE = (
     *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
     *("device", "track", "out", "versions"),
@@ -680,7 +682,6 @@ def make_denoiser(args, checkpoint):
     dim = checkpoint["args"]["dim"]
     denoiser = Denoiser(**sizes, dim=dim, bf16=args.precision == "bf16").to(args.device)
     denoiser.load_state_dict(checkpoint["ema"])
-    denoiser.eval()
     if args.device == "cuda":
         require_compiler()
         return torch.compile(denoiser)
@@ -700,7 +701,7 @@ def name_augmentation(args, horizon):
         if key not in UNNAMED and value != getattr(Args, key):
             name = key.replace("_", "-")
             words.append(name if value is True else f"{name} {value}")
-    if horizon != 31:
+    if horizon != 31:  # stage A's default, the paper's H = 32
         words.append(f"H {horizon}")
     return f"gta({', '.join(words)})"
 
@@ -734,7 +735,9 @@ def generate(args, denoiser, sources, y_hat, normalizer, penalty):
     """Returns the windows that are made of the sources, towards the scaled returns y_hat [N].
     [N, H + 1, D], in the environment's units"""
     rows = sources.rows
-    if args.condition == "inpaint":  # E.6; what a terminal costs is no reward, and stays
+    if (
+        args.condition == "inpaint"
+    ):  # E.6: rewards times alpha, without the terminal penalty in them
         rows = rows.copy()
         costs = penalty * sources.terminals
         rows[:, -1] = args.alpha * (rows[:, -1] + costs) - costs
@@ -794,15 +797,16 @@ def report(buffer, sources, restored_penalty):
         of_sources = np.corrcoef(buffer.condition, source_rewards.sum(1))[0, 1]
         generated = np.corrcoef(buffer.condition, buffer.rewards.sum(1))[0, 1]
         numbers_text = f"sources {of_sources:.3f}, generated {generated:.3f}"
-        print(f"correlation of condition and return: {numbers_text}")
+        print(f"correlation of the condition and the window's rewards: {numbers_text}")
     return numbers
 
 
 def main(args):
     check_flags(args)
     require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
-    one_of = not args.reweight_bins or args.success_weight == 1
-    require(one_of, "--reweight-bins is for dense rewards, --success-weight for sparse ones")
+    require(args.reweight_u > 0 and args.reweight_q > 0, "--reweight-u, --reweight-q: must be > 0")
+    at_most_one = not args.reweight_bins or args.success_weight == 1
+    require(at_most_one, "--reweight-bins is for dense rewards, --success-weight for sparse ones")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     args.batch_size = args.batch_size or (2048 if args.device == "cuda" else 64)
     torch.set_float32_matmul_precision("high")  # TF32
@@ -824,6 +828,7 @@ def main(args):
         with or_exit("--track"):
             wandb.init(name=Path(args.out).stem, config=metadata)
 
+    # windows of the dataset (eq. 6), of which sources are drawn (B.2, eq. 13)
     horizon = checkpoint["horizon"]
     trained = checkpoint["args"]
     penalty = trained["terminal_penalty"]
@@ -833,11 +838,16 @@ def main(args):
     num_sources = math.ceil(args.num_transitions / horizon)
     index = choose_sources(args, y, windows.episode, episode_returns, num_sources)
     sources = take(windows, index)
+
+    # the return to ask for (eq. 8)
     y_source = np.full_like(y[index], y.max()) if args.condition == "fixed" else y[index]
     y_hat = amplified_return(y_source, args.alpha)
 
+    # noise and denoise (eq. 9, 10, 4)
     denoiser = make_denoiser(args, checkpoint)
     x = generate(args, denoiser, sources, y_hat, checkpoint["normalizer"], penalty)
+
+    # the buffer
     condition = y_hat / trained["return_scale"]
     buffer = make_buffer(args, x, sources, condition, datasets[0].action_space, metadata)
     finite = all(np.isfinite(array).all() for array in buffer[1:] if array is not None)

@@ -635,7 +635,7 @@ def evaluate(agents, benchmark, args):
 # --- files ---
 
 PACKAGES = ("torch", "numpy", "gymnasium", "minari")
-# what may differ when a run goes on: names of inputs (their checksums count), places
+# flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
 FREE = (
     *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
     *("device", "track", "out", "versions"),
