@@ -670,8 +670,6 @@ def open_run(args, inputs, may_be_longer):
         if may_be_longer:
             old["train_steps"] = max(old["train_steps"], args.train_steps)
         require_same(out, old, config)
-    with new_file(out / "config.json") as file:
-        file.write_text(json.dumps(config, indent=2))
     return out, config
 
 
@@ -739,6 +737,8 @@ def run(args, inputs, agents, optimizers, train, benchmark, updates=1, may_be_lo
 
         with or_exit("--track"):
             wandb.init(name=out.name, config=config)
+    with new_file(out / "config.json") as file:
+        file.write_text(json.dumps(config, indent=2))
     torch.manual_seed(args.seed + step)
     if args.device == "cuda":
         train = record(train)

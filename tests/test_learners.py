@@ -313,4 +313,6 @@ def test_track_without_a_login(data, monkeypatch):
     monkeypatch.setenv("HOME", str(data))
     monkeypatch.setenv("NETRC", str(data / "netrc"))
     flags = ["--env", "x", *QUICK, "--train-steps", 2, "--track"]
+    before = sorted(data.parent.glob("runs/*"))
     assert "wandb login" in train("td3bc", data.parent, *flags, ok=False).stderr
+    assert sorted(data.parent.glob("runs/*")) == before  # nothing is left of it
