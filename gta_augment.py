@@ -549,6 +549,15 @@ def checksum(arrays):
     return crc
 
 
+def identify_dataset(datasets, episodes):
+    """Returns what tells a dataset from others: what it holds counts, not the name of its file."""
+    return {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+
+
 def discounted_returns(rewards, gamma):
     """Returns sum_{i >= t} gamma^(i - t) r_i for every t. [T] -> [T]"""
     backwards = accumulate(rewards[::-1].tolist(), lambda y, r: r + gamma * y)
@@ -709,11 +718,7 @@ def name_augmentation(args, horizon):
 def describe(args, checkpoint, datasets, episodes):
     """Returns the metadata of the buffer: all that tells it from others. Ends the program if the
     model was trained on other data."""
-    inputs = {
-        "env_id": env_id(datasets[0]),
-        "dataset_ids": [dataset.id for dataset in datasets],
-        "dataset_crc": checksum(x for episode in episodes for x in episode),
-    }
+    inputs = identify_dataset(datasets, episodes)
     for key, value in inputs.items():
         found = checkpoint.get(key, value)  # an older checkpoint lacks the CRC
         require(found == value, f"--checkpoint was trained on {key} {found}, --env has {value}")

@@ -450,6 +450,15 @@ def checksum(arrays):
     return crc
 
 
+def identify_dataset(datasets, episodes):
+    """Returns what tells a dataset from others: what it holds counts, not the name of its file."""
+    return {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+
+
 def fill_in_by_domain(args, domain):
     """Sets the flags that were not given to what they are in this domain."""
     for name, values in BY_DOMAIN.items():
@@ -756,11 +765,7 @@ def main(args):
     episodes = load_episodes(datasets)
     fill_in_by_domain(args, find_domain(datasets[0]))
     print(describe_terminals(episodes, args.terminal_penalty))
-    inputs = {
-        "env_id": env_id(datasets[0]),
-        "dataset_ids": [dataset.id for dataset in datasets],
-        "dataset_crc": checksum(x for episode in episodes for x in episode),
-    }
+    inputs = identify_dataset(datasets, episodes)
     checkpoint = read_checkpoint(args.out, args, inputs)
     step = checkpoint["step"] if checkpoint else 0
     if step == args.train_steps:

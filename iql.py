@@ -444,20 +444,29 @@ def checksum(arrays):
     return crc
 
 
-def identify(args, datasets, episodes, buffer):
-    """Returns what tells these data from others, for config.json. Ends the program if the buffer
-    was made from other data."""
-    inputs = {
+def identify_dataset(datasets, episodes):
+    """Returns what tells a dataset from others: what it holds counts, not the name of its file."""
+    return {
         "env_id": env_id(datasets[0]),
         "dataset_ids": [dataset.id for dataset in datasets],
         "dataset_crc": checksum(x for episode in episodes for x in episode),
     }
+
+
+def require_made_from(flag, metadata, inputs):
+    """Ends the program if the buffer that a flag names was made from other data than inputs."""
+    for key, value in inputs.items():
+        found = metadata.get(key, value)  # a buffer of your own may lack it
+        require(found == value, f"{flag} was made from {key} {found}, not from {value}")
+
+
+def identify(args, datasets, episodes, buffer):
+    """Returns what tells these data from others, for config.json. Ends the program if the buffer
+    was made from other data."""
+    inputs = identify_dataset(datasets, episodes)
     labels = []
     if buffer:
-        for key in ("dataset_ids", "dataset_crc"):
-            found = buffer.metadata.get(key, inputs[key])  # a buffer of your own may lack it
-            same = found == inputs[key]
-            require(same, f"--aug {args.aug} was made from {key} {found}, not from {inputs[key]}")
+        require_made_from(f"--aug {args.aug}", buffer.metadata, inputs)
         inputs["buffer_crc"] = checksum(x for x in buffer[1:] if x is not None)
         label = buffer.metadata.get("label", buffer.metadata["method"])
         labels.append(f"{label} only" if args.aug_only else label)
@@ -474,6 +483,21 @@ def fill_in_by_domain(args, domain):
             setattr(args, name, values.get(domain, values["else"]))
 
 
+def concatenate_windows(parts, num_dropped):
+    """Returns the fields of parts, which are windows [N, H, ...], as rows one after another, but
+    for the first num_dropped."""
+    fields = []
+    with or_exit("states or actions of the datasets, or of --aug, differ in size"):
+        for windows in zip(*parts):
+            flat = [x.reshape(-1, *x.shape[2:]) for x in windows]
+            fields.append(np.concatenate(flat, dtype=np.float32)[num_dropped:])
+    lengths = {len(field) for field in fields}
+    require(
+        len(lengths) == 1 and 0 not in lengths, f"arrays have lengths {lengths}, which do not fit"
+    )
+    return fields
+
+
 def make_transitions(episodes, buffer, aug_only=False):
     """Returns the transitions of the episodes, unless the buffer's alone are wanted, and those of
     the buffer's windows."""
@@ -488,14 +512,7 @@ def make_transitions(episodes, buffer, aug_only=False):
     num_dropped = 0
     if aug_only:  # the episodes were only there for the check of sizes
         num_dropped = sum(len(episode.rewards) for episode in episodes)
-    fields = []
-    with or_exit("states or actions of the datasets, or of --aug, differ in size"):
-        for windows in zip(*parts):
-            flat = [x.reshape(-1, *x.shape[2:]) for x in windows]
-            fields.append(np.concatenate(flat, dtype=np.float32)[num_dropped:])
-    lengths = {len(field) for field in fields}
-    require(len(lengths) == 1 and 0 not in lengths, f"arrays of lengths {lengths} do not fit")
-    return Transitions(*fields)
+    return Transitions(*concatenate_windows(parts, num_dropped))
 
 
 def fit_scale(s, box, eps=1e-3):

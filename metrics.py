@@ -111,7 +111,7 @@ def dynamic_error(s_next, s_true, std):
     return (((s_next - s_true) / std) ** 2).mean(axis=-1)
 
 
-def nearest_by_product(data, queries, rank):
+def nearest_on_gpu(data, queries, rank):
     """What nearest_distance does, on a GPU, in float64. A copy's distance is 0 but for rounding."""
     return torch.cdist(queries, data).topk(rank, largest=False).values[:, -1]
 
@@ -129,7 +129,7 @@ def nearest_distance(data, queries, rank, device, label=""):
             distances.append(distance[:, 0])
         else:
             chunk = torch.from_numpy(chunk).to(device)
-            distances.append(nearest_by_product(index, chunk, rank).cpu())
+            distances.append(nearest_on_gpu(index, chunk, rank).cpu())
     return np.concatenate(distances)
 
 
@@ -451,6 +451,22 @@ def checksum(arrays):
     return crc
 
 
+def identify_dataset(datasets, episodes):
+    """Returns what tells a dataset from others: what it holds counts, not the name of its file."""
+    return {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+
+
+def require_made_from(flag, metadata, inputs):
+    """Ends the program if the buffer that a flag names was made from other data than inputs."""
+    for key, value in inputs.items():
+        found = metadata.get(key, value)  # a buffer of your own may lack it
+        require(found == value, f"{flag} was made from {key} {found}, not from {value}")
+
+
 def draw_windows(sample, num_transitions, rng):
     """Draws whole windows, at most so many transitions, without replacement. Keeps their order."""
     N, H = sample.r.shape
@@ -535,10 +551,7 @@ def load_sample(path, args, inputs, episodes):
     """Returns what is drawn of the buffer at path, and its metadata. Ends the program if it was
     made from other data."""
     buffer = read_buffer(path)
-    for key in ("dataset_ids", "dataset_crc"):
-        found = buffer.metadata.get(key, inputs[key])  # a buffer of your own may lack it
-        same = found == inputs[key]
-        require(same, f"--aug {path} was made from {key} {found}, not from {inputs[key]}")
+    require_made_from(f"--aug {path}", buffer.metadata, inputs)
     N, H = buffer.actions.shape[:2]
     s, a = episodes[0][:2]
     shapes = [(N, H + 1, s.shape[1]), (N, H, a.shape[1]), (N, H), (N, H)]
@@ -840,11 +853,7 @@ def load_inputs(args):
     args.env = args.env or read_buffer(args.aug[0]).metadata.get("env", DEFAULT_ENV)
     datasets = open_datasets(args.env)
     episodes = load_episodes(datasets)
-    inputs = {
-        "dataset_ids": [dataset.id for dataset in datasets],
-        "dataset_crc": checksum(x for episode in episodes for x in episode),
-    }
-    return datasets, episodes, inputs
+    return datasets, episodes, identify_dataset(datasets, episodes)
 
 
 def write_report(args, report):

@@ -501,6 +501,13 @@ def checksum(arrays):
     return crc
 
 
+def require_made_from(flag, metadata, inputs):
+    """Ends the program if the buffer that a flag names was made from other data than inputs."""
+    for key, value in inputs.items():
+        found = metadata.get(key, value)  # a buffer of your own may lack it
+        require(found == value, f"{flag} was made from {key} {found}, not from {value}")
+
+
 def model_crc(agent):
     """Returns a CRC of the agent's weights."""
     return checksum(x.cpu().numpy() for x in agent.state_dict().values())
@@ -518,14 +525,26 @@ def identify_latents(args, agent, dataset_id, episodes, buffer):
     }
     label = "none"
     if buffer:
-        for key in ("dataset_ids", "dataset_crc"):
-            found = buffer.metadata.get(key, inputs[key])  # a buffer of your own may lack it
-            same = found == inputs[key]
-            require(same, f"--aug {args.aug} was made from {key} {found}, not from {inputs[key]}")
+        require_made_from(f"--aug {args.aug}", buffer.metadata, inputs)
         inputs["buffer_crc"] = checksum(x for x in buffer[1:] if x is not None)
         label = buffer.metadata.get("label", buffer.metadata["method"])
     inputs["aug_label"] = f"latents, {label}"
     return inputs
+
+
+def concatenate_windows(parts, num_dropped):
+    """Returns the fields of parts, which are windows [N, H, ...], as rows one after another, but
+    for the first num_dropped."""
+    fields = []
+    with or_exit("states or actions of the datasets, or of --aug, differ in size"):
+        for windows in zip(*parts):
+            flat = [x.reshape(-1, *x.shape[2:]) for x in windows]
+            fields.append(np.concatenate(flat, dtype=np.float32)[num_dropped:])
+    lengths = {len(field) for field in fields}
+    require(
+        len(lengths) == 1 and 0 not in lengths, f"arrays have lengths {lengths}, which do not fit"
+    )
+    return fields
 
 
 def make_transitions(episodes, buffer, aug_only=False):
@@ -542,14 +561,7 @@ def make_transitions(episodes, buffer, aug_only=False):
     num_dropped = 0
     if aug_only:  # the episodes were only there for the check of sizes
         num_dropped = sum(len(episode.rewards) for episode in episodes)
-    fields = []
-    with or_exit("states or actions of the datasets, or of --aug, differ in size"):
-        for windows in zip(*parts):
-            flat = [x.reshape(-1, *x.shape[2:]) for x in windows]
-            fields.append(np.concatenate(flat, dtype=np.float32)[num_dropped:])
-    lengths = {len(field) for field in fields}
-    require(len(lengths) == 1 and 0 not in lengths, f"arrays of lengths {lengths} do not fit")
-    return Transitions(*fields)
+    return Transitions(*concatenate_windows(parts, num_dropped))
 
 
 def make_latent_sampler(episodes, buffer, args):

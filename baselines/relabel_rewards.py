@@ -247,6 +247,22 @@ def checksum(arrays):
     return crc
 
 
+def identify_dataset(datasets, episodes):
+    """Returns what tells a dataset from others: what it holds counts, not the name of its file."""
+    return {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+
+
+def require_made_from(flag, metadata, inputs):
+    """Ends the program if the buffer that a flag names was made from other data than inputs."""
+    for key, value in inputs.items():
+        found = metadata.get(key, value)  # a buffer of your own may lack it
+        require(found == value, f"{flag} was made from {key} {found}, not from {value}")
+
+
 def stack_transitions(episodes):
     """Returns s, a, r of all transitions. [N, obs_dim + act_dim + 1]"""
     return np.concatenate([np.column_stack([s[:-1], a, r]) for s, a, r, _ in episodes])
@@ -314,14 +330,8 @@ def read_metadata(path):
 def describe_relabeled(args, buffer, datasets, episodes):
     """Returns the metadata of the new buffer: all that tells it from others. Ends the program if
     the old one was made from other data."""
-    inputs = {
-        "env_id": env_id(datasets[0]),
-        "dataset_ids": [dataset.id for dataset in datasets],
-        "dataset_crc": checksum(x for episode in episodes for x in episode),
-    }
-    for key, value in inputs.items():
-        found = buffer.metadata.get(key, value)  # a buffer of your own may lack it
-        require(found == value, f"--aug {args.aug} was made from {key} {found}, not from {value}")
+    inputs = identify_dataset(datasets, episodes)
+    require_made_from(f"--aug {args.aug}", buffer.metadata, inputs)
     label = buffer.metadata.get("label", buffer.metadata["method"])
     return {
         **buffer.metadata,

@@ -449,6 +449,15 @@ def checksum(arrays):
     return crc
 
 
+def identify_dataset(datasets, episodes):
+    """Returns what tells a dataset from others: what it holds counts, not the name of its file."""
+    return {
+        "env_id": env_id(datasets[0]),
+        "dataset_ids": [dataset.id for dataset in datasets],
+        "dataset_crc": checksum(x for episode in episodes for x in episode),
+    }
+
+
 def make_rows(episodes):
     """Returns all transitions as rows s, a, r, s', terminal. [N, D]"""
     parts = []
@@ -590,11 +599,7 @@ def main(args):
     episodes = load_episodes(datasets)
     rows = make_rows(episodes)
     args.batch_size = args.batch_size or (1024 if len(rows) >= 800_000 else 256)
-    inputs = {
-        "env_id": env_id(datasets[0]),
-        "dataset_ids": [dataset.id for dataset in datasets],
-        "dataset_crc": checksum(x for episode in episodes for x in episode),
-    }
+    inputs = identify_dataset(datasets, episodes)
     metadata = describe_buffer(args, inputs)
     if Path(args.out).exists():
         require_same(args.out, read_metadata(args.out), metadata)

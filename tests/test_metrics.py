@@ -139,7 +139,7 @@ def test_nearest_distance_is_brute_force(dims, rank):
     queries = rng.normal(size=(10_050, dims))  # in two chunks
     expected = np.linalg.norm(queries[:, None] - data[None], axis=-1)
     expected = np.sort(expected, axis=1)[:, rank - 1]
-    by_product = M.nearest_by_product(*map(torch.from_numpy, (data, queries)), rank)  # of a GPU
+    by_product = M.nearest_on_gpu(*map(torch.from_numpy, (data, queries)), rank)  # of a GPU
     np.testing.assert_allclose(by_product, expected, atol=1e-7)  # near 0 it is a rounded square's
     np.testing.assert_allclose(by_product[expected > 0.1], expected[expected > 0.1], rtol=1e-12)
     np.testing.assert_allclose(M.nearest_distance(data, queries, rank, "cpu"), expected, atol=1e-12)
