@@ -162,9 +162,8 @@ class Scale(nn.Module):
         return (s.float() - self.mean) / self.std
 
     def actions(self, a):
-        width = torch.where(
-            self.high > self.low, self.high - self.low, 2.0
-        )  # any; 2 a - high - low is 0
+        # of a box without width 2 a - high - low is 0, so any width will do
+        width = torch.where(self.high > self.low, self.high - self.low, 2.0)
         return (2 * a - self.high - self.low) / width
 
     def env_actions(self, a):
@@ -615,6 +614,9 @@ class Benchmark(NamedTuple):
     low: float  # the return that scores 0
     high: float  # the return that scores 100
 
+    def score(self, returns):
+        return 100 * (returns - self.low) / (self.high - self.low)
+
 
 def make_benchmark(dataset, args):
     """Returns the environments that the dataset names, registered here, and its references."""
@@ -652,12 +654,20 @@ def make_benchmark(dataset, args):
     return Benchmark(envs, low, high)
 
 
+def score_dataset(episodes, benchmark):
+    """Returns the mean score of the dataset's episodes. An agent that imitates gets about that."""
+    returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in episodes])
+    scores = benchmark.score(returns)
+    print(f"the dataset's episodes score {scores.mean():.1f}, the best of them {scores.max():.1f}")
+    return scores.mean()
+
+
 @torch.no_grad()
 def evaluate(agents, benchmark, args):
     """Returns every agent's mean return of whole episodes, always from the same states, and its
     score. Each episode is asked for --target-return. [S], [S]"""
     agents.eval()
-    envs, low, high = benchmark
+    envs = benchmark.envs
     S, K = args.num_seeds, envs.num_envs // args.num_seeds
     total = np.zeros((S, K))
     for first in range(0, args.eval_episodes, K):
@@ -683,7 +693,7 @@ def evaluate(agents, benchmark, args):
             alive &= ~(terminated | truncated).reshape(S, K)
     agents.train()
     returns = total.sum(1) / args.eval_episodes
-    return returns, 100 * (returns - low) / (high - low)
+    return returns, benchmark.score(returns)
 
 
 # --- files ---
@@ -884,6 +894,8 @@ def main(args):
         args.target_return = find_target_return(datasets[0]) or best
     print(f"target return: {args.target_return:.6g}; the dataset's best is {best:.6g}")
     benchmark = make_benchmark(datasets[0], args) if args.eval_episodes else None
+    if benchmark:
+        inputs["dataset_score"] = score_dataset(episodes, benchmark)
     steps = make_steps(episodes, buffer, args.aug_only)
     del buffer  # it is as large as they are
     scale = fit_scale(steps.s, datasets[0].action_space, eps=1e-6)

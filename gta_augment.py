@@ -740,9 +740,7 @@ def generate(args, denoiser, sources, y_hat, normalizer, penalty):
     """Returns the windows that are made of the sources, towards the scaled returns y_hat [N].
     [N, H + 1, D], in the environment's units"""
     rows = sources.rows
-    if (
-        args.condition == "inpaint"
-    ):  # E.6: rewards times alpha, without the terminal penalty in them
+    if args.condition == "inpaint":  # rewards times alpha (E.6), but not the penalty in them
         rows = rows.copy()
         costs = penalty * sources.terminals
         rows[:, -1] = args.alpha * (rows[:, -1] + costs) - costs

@@ -61,6 +61,7 @@ class Args:
     seed: int = 0  # seed of what is drawn
     # --- runs ---
     runs: tuple[str, ...] = ()  # folders of runs to tabulate: --runs runs/*
+    last: int = 1  # a seed's score is the mean of so many evaluations, the last ones
     # --- both ---
     table: Literal["text", "markdown", "latex"] = "text"  # form of the tables
     # figure (.png, .pdf, .svg): of --aug, returns (Figures 4c, 8), condition against return
@@ -910,6 +911,7 @@ def measure_buffers(args):
 MAY_DIFFER = {
     *(*FREE, "script", "seed", "num_seeds", "aug_label", "aug_only", "s4rl_sigma"),
     *("env_id", "dataset_ids", "dataset_crc", "buffer_crc", "model_crc", "task", "n_step"),
+    "dataset_score",
 }
 
 
@@ -1013,14 +1015,19 @@ def average_scores(cells):
     return {seed: np.mean([cell[seed] for cell in cells]) for seed in cells[0]}
 
 
-def tabulate_scores(curves, environments):
-    """Returns the last scores {row: {column: [seeds]}}: of each environment, and on average if
-    there are several. curves is {row: {environment: {seed: {update: score}}}}."""
+def last_mean(curve, last):
+    """Returns the mean of the last scores of a curve {update: score}, of all if it has fewer."""
+    return np.mean([curve[update] for update in sorted(curve)[-last:]])
+
+
+def tabulate_scores(curves, environments, last):
+    """Returns the scores {row: {column: [seeds]}}: of each environment, and on average if there are
+    several. curves is {row: {environment: {seed: {update: score}}}}."""
     scores = {}
     for row, cells in curves.items():
         columns = {}
         for name in environments:
-            columns[name] = {seed: curve[max(curve)] for seed, curve in cells[name].items()}
+            columns[name] = {seed: last_mean(curve, last) for seed, curve in cells[name].items()}
         if len(environments) > 1:
             columns["average"] = average_scores(list(columns.values()))
         scores[row] = {name: np.array(list(cell.values())) for name, cell in columns.items()}
@@ -1059,8 +1066,11 @@ def compare_scores(scores):
     return table
 
 
-def draw_curves(curves, script, environment, axes):
-    """Draws mean and deviation over seeds, by update, of a script's runs on an environment."""
+def draw_curves(curves, script, environment, dataset_score, axes):
+    """Draws mean and deviation over seeds, by update, of a script's runs on an environment, and a
+    line at the score of the dataset's episodes."""
+    if dataset_score is not None:
+        axes.axhline(dataset_score, color="black", linewidth=1, label="the dataset's episodes")
     for number, ((other, augmentation), cells) in enumerate(curves.items()):
         seeds = list(cells[environment].values())
         if other != script or not seeds:
@@ -1078,8 +1088,10 @@ def draw_curves(curves, script, environment, axes):
 def list_curves(runs, curves):
     """Returns the functions that draw curves {script: [a function for each environment]}."""
     pictures = defaultdict(list)
+    dataset_scores = {run.environment: run.config.get("dataset_score") for run in runs}
     for script, environment in sorted({(run.script, run.environment) for run in runs}):
-        pictures[script].append(partial(draw_curves, curves, script, environment))
+        score = dataset_scores[environment]
+        pictures[script].append(partial(draw_curves, curves, script, environment, score))
     return pictures
 
 
@@ -1091,7 +1103,7 @@ def tabulate_runs(args):
     runs = tell_apart(read_runs(args.runs))
     note_differences(runs)
     curves = collect_curves(runs)
-    scores = tabulate_scores(curves, sorted({run.environment for run in runs}))
+    scores = tabulate_scores(curves, sorted({run.environment for run in runs}), args.last)
     print(render(format_scores(scores), args.table))
     note("score +- deviation (seeds); an average needs the same seeds everywhere")
     tests = compare_scores(scores)

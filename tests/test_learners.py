@@ -66,8 +66,14 @@ def test_a_run_on_dataset_and_buffer(pipeline, tmp_path, name):
     lines = train(name, tmp_path, *flags).stdout.splitlines()
     (folder,) = (tmp_path / "runs").iterdir()
     assert lines[-2] == f"wrote runs/{folder.name}" and folder.name.startswith(f"{name}-")
-    label = json.loads((folder / "config.json").read_text())["aug_label"]
+    config = json.loads((folder / "config.json").read_text())
+    label = config["aug_label"]
     assert label.startswith("gta(mu 0.5, alpha 1.3")
+    (dataset,) = td3bc.open_datasets(HOPPER)
+    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
+    np.testing.assert_allclose(
+        config["dataset_score"], (np.mean(returns) + 20.272305) / 32.54572305
+    )
     assert (folder / "evals.csv").read_text().startswith("update,agent,return,score\n")
     steps, agents, returns, scores = np.loadtxt(folder / "evals.csv", delimiter=",", skiprows=1).T
     assert steps.tolist() == [4, 4, 6, 6] and agents.tolist() == [0, 1, 0, 1]

@@ -390,6 +390,20 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     assert rows["iql + gta"][2] == f"{average.mean():.1f} +- {average.std():.1f} (3)"
 
 
+def test_last_evaluations_are_averaged(tmp_path, capsys):
+    for label, scores in (("none", (60, 62, 70)), ("gta", (71, 73))):
+        folder = write_run(tmp_path, "iql", label, "hopper", *scores)
+        path = Path(folder, "evals.csv")
+        path.write_text(re.sub(r"(?m)^5,(.),0,.*", r"5,\1,0,5\1", path.read_text()))
+    for last, none, gta in ((1, (60, 62, 70), (71, 73)), (2, (55, 56.5, 61), (60.5, 62))):
+        for number in (last, 9) if last == 2 else (last,):  # there are two
+            M.main(M.Args(runs=tuple(map(str, tmp_path.iterdir())), last=number))
+            output = capsys.readouterr().out
+            assert f"{np.mean(none):.1f} +- {np.std(none):.1f} (3)" in output
+            assert f"{np.mean(gta):.1f} +- {np.std(gta):.1f} (2)" in output
+            assert f"{stats.ttest_ind(gta, none, equal_var=False).pvalue:.4f}" in output
+
+
 def test_what_is_not_alike_is_told_apart(tmp_path, capsys):
     """Two buffers of one label, two datasets of one name, one of two names, other lengths."""
     write = partial(write_run, tmp_path)
@@ -422,6 +436,9 @@ def test_learning_curves_are_means_and_deviations_over_seeds(tmp_path):
     titles = ["cql, walker", "iql, hopper", "iql, walker"]
     assert [panel.get_title() for panel in panels] == titles
     assert [len(panel.lines) for panel in panels] == [1, 2, 1]
+    scored = [run._replace(config=run.config | {"dataset_score": 33.2}) for run in runs]
+    panel, *_ = M.draw_figure(M.list_curves(scored, M.collect_curves(scored))).axes
+    assert panel.lines[0].get_ydata() == [33.2, 33.2]
     assert len({line.get_linestyle() for line in panels[1].lines}) == 2
     for line, band, first, last in zip(
         *(panels[1].lines, panels[1].collections),
