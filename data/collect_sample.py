@@ -7,7 +7,7 @@
 
     python data/collect_sample.py                   HalfCheetah-v5, SAC: 13 minutes on one core
     python data/collect_sample.py --sample hopper   Hopper-v5, PPO: three minutes
-    python data/collect_sample.py --sample replay   HalfCheetah-v5, what this SAC learned from
+    python data/collect_sample.py --sample replay   HalfCheetah-v5, all that SAC learned from
 
 Writes data/halfcheetah-medium-sample/, hopper-medium-sample/ or halfcheetah-replay-sample/, Minari
 datasets of whole episodes. This is the only file that needs stable-baselines3 and minari[create]:
