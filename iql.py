@@ -628,7 +628,7 @@ def make_benchmark(dataset, args):
 
 
 def score_dataset(episodes, benchmark):
-    """Returns the mean score of the dataset's episodes. An agent that imitates gets about that."""
+    """Returns the mean score of the dataset's episodes, which agents should be compared with."""
     returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in episodes])
     scores = benchmark.score(returns)
     print(f"the dataset's episodes score {scores.mean():.1f}, the best of them {scores.max():.1f}")
