@@ -34,6 +34,11 @@ SPEC = gym.spec("Hopper-v5")
 # --- scripts ---
 
 
+def read_checkpoint(out):
+    """Returns what a learner's run has saved in the folder out."""
+    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+
+
 def run(script, *flags, cwd=ROOT, ok=True, env=None):
     """Runs a script as a user does. One that must fail prints one line, and exits with code 1."""
     command = [sys.executable, str(script), *map(str, flags)]

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_A, TINY_B, call, message, run
+from conftest import ROOT, TINY_A, TINY_B, call, message, read_checkpoint, run
 from torch import nn
 
 import drqbc as D
@@ -25,10 +25,6 @@ def make_rows(lengths, act_dim=2):
     observation = rng.integers(0, 256, (R, 3, 84, 84), dtype=np.uint8)
     numbers = {"reward": rng.random(R), "discount": rng.random(R), "step_type": step_type}
     return {"observation": observation, "action": rng.uniform(-1, 1, (R, act_dim)), **numbers}
-
-
-def load(out):
-    return torch.load(f"{out}/checkpoint.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -279,10 +275,10 @@ def test_a_run_that_died_or_was_short_goes_on_to_the_same_bits(chain, vd4rl, mon
     with monkeypatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(D, "evaluate", None)  # dies at update 4
         D.main(D.Train(**flags))
-    assert load("runs/b")["step"] == 2
+    assert read_checkpoint("runs/b")["step"] == 2
     D.main(D.Train(**flags))
-    a = load("runs/a")
-    b = load("runs/b")
+    a = read_checkpoint("runs/a")
+    b = read_checkpoint("runs/b")
     torch.testing.assert_close(a["agents"], b["agents"], rtol=0, atol=0)
     assert a["evals"] == b["evals"] and [row[0] for row in a["evals"]] == [2, 4]
     assert "was made with n_step 3" in message(D.main, D.Train(**flags, n_step=1))
@@ -329,8 +325,8 @@ def test_fine_tuning_moves_the_heads_on_real_and_generated_transitions(chain, vd
     rows = [np.concatenate([z, a, [r, 0.99], z_next]) for z, a, r, z_next in expected]
     assert len(rows) == 60 + 280 and drawn == {np.float32(x).tobytes() for x in rows}
 
-    before = load("runs/a")["agents"]
-    after = load("runs/c")["agents"]
+    before = read_checkpoint("runs/a")["agents"]
+    after = read_checkpoint("runs/c")["agents"]
     for key, x in before.items():
         moves = not re.match(r"encoder|actor\.0|critic\.0", key)  # the targets' trunk does, unused
         assert torch.equal(x, after[key]) != moves, key

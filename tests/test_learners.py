@@ -21,6 +21,7 @@ from conftest import (
     call,
     message,
     random_episodes,
+    read_checkpoint,
     write_buffer,
     write_hopper,
 )
@@ -34,10 +35,6 @@ QUICK = ["--batch-size", 8, "--eval-episodes", 0, "--out", "out"]
 def train(name, folder, *flags, ok=True):
     """Runs a learner in a folder."""
     return call(ROOT / f"{name}.py", *flags, cwd=folder, ok=ok)
-
-
-def read_checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
 def assert_same_run(first, second):
