@@ -963,23 +963,33 @@ def read_runs(folders):
 
 def tell_apart(runs):
     """Returns the runs, with one name for a dataset; what has the same name, but was trained on
-    other data, is told apart by its checksum. Of a script those without augmentation come first."""
+    other data or with other flags, is told apart by its checksum or by them. Of a script those
+    without augmentation come first."""
     environments = {}  # {dataset: name}: a folder and an id may hold the same dataset
-    buffers = defaultdict(set)
+    alike = defaultdict(list)  # runs of the same name
     for run in runs:
         environments.setdefault(run.dataset, run.environment)
-        buffers[run.script, run.augmentation, run.dataset].add(run.buffer)
+        alike[run.script, run.augmentation, run.dataset].append(run)
     names = list(environments.values())
     named = []
     for run in runs:
         environment = environments[run.dataset]
         augmentation = run.augmentation
-        if len(buffers[run.script, augmentation, run.dataset]) > 1:
+        others = alike[run.script, augmentation, run.dataset]
+        if len({other.buffer for other in others}) > 1:
             augmentation += f" [{run.config['aug']}, {run.buffer}]"
+        for flag in sorted(run.config.keys() - MAY_DIFFER):
+            value = run.config[flag]
+            if any(other.config.get(flag, value) != value for other in others):
+                augmentation += f" [{flag} {value}]"
         if names.count(environment) > 1:
             environment += f" [{run.dataset}]"
         named.append(run._replace(augmentation=augmentation, environment=environment))
-    return sorted(named, key=lambda run: (run.script, run.augmentation != "none", run.augmentation))
+
+    def order(run):
+        return run.script, run.config["aug_label"] != "none", run.augmentation
+
+    return sorted(named, key=order)
 
 
 def note_differences(runs):

@@ -383,11 +383,15 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     assert notes[0] == f"left out: {folders[7]}, {reason}not evaluated at update 10)"
     assert notes[1].startswith(f"left out: {folders[8]}, {reason}")
     assert notes[2:-1] == [
-        "cql, hopper: batch_size is 256 (none), 7 (none)",
+        "cql, hopper: batch_size is 256 (none [batch_size 256]), 7 (none [batch_size 7])",
         f"left out: seed 0 of an earlier folder, which {folders[5]} has, too",
     ]
     rows = {key: cells for key, *cells in (re.split("  +", line) for line in output)}
-    assert rows["cql"] == [f"57.0 +- {np.std([55, 57, 59]):.1f} (3)", "-", "-"]
+    assert list(rows)[1:5] == [
+        *("cql + none [batch_size 256]", "cql + none [batch_size 7]", "iql", "iql + gta"),
+    ]
+    assert rows["cql + none [batch_size 256]"] == ["56.0 +- 1.0 (2)", "-", "-"]
+    assert rows["cql + none [batch_size 7]"] == ["59.0 +- 0.0 (1)", "-", "-"]
     average = np.mean([(75, 71, 73), (9, 5, 8)], axis=0)
     assert rows["iql + gta"][2] == f"{average.mean():.1f} +- {average.std():.1f} (3)"
 
