@@ -141,7 +141,8 @@ def novelty(reference, sample, rank, device, label=""):
     rank 2 is for the dataset itself: the distance to its nearest other transition.
     """
     obs_dim = sample.s.shape[-1]
-    rows = np.concatenate([sample.s, sample.a], axis=-1).reshape(-1, len(reference.std))
+    rows = np.concatenate([sample.s, sample.a], axis=-1, dtype=np.float64)
+    rows = rows.reshape(-1, len(reference.std))
     parts = {"state": slice(obs_dim), "action": slice(obs_dim, None), "state-action": slice(None)}
     numbers = {}
     for units, scale in {"raw": 1.0, "standardised": reference.std}.items():

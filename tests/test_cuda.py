@@ -7,7 +7,11 @@ import test_pretend_cuda as pretended
 import torch
 from conftest import HOPPER, ROOT, TINY_C, run
 from graph_on_cpu import tensors_in
-from test_pretend_cuda import test_a_learner, test_images_latents_and_fine_tuning  # noqa: F401
+from test_pretend_cuda import (  # noqa: F401
+    test_a_learner,
+    test_images_latents_and_fine_tuning,
+    test_metrics,
+)
 
 pytestmark = [
     pytest.mark.cuda,

@@ -3,6 +3,7 @@ operand lies on the CPU. Planted mistakes show that each check can fail."""
 
 import copy
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pretend_cuda import Wrong, pretend_cuda
 import drqbc
 import gta_augment
 import gta_diffusion
+import metrics
 import synther
 import td3bc
 
@@ -120,6 +122,17 @@ def test_stage_b(tmp_path):
 def test_synther(tmp_path):
     flags = {"width": 16, "batch_size": 8, "train_steps": 6, "num_transitions": 50}
     assert_as_on_a_cpu(synther, tmp_path, env=HOPPER, **flags, num_steps=4)
+
+
+def test_metrics(tmp_path, pipeline):
+    reports = []
+    for device in ("cpu", "cuda"):
+        files = {"aug": (str(pipeline / "buffer.npz"),), "out": str(tmp_path / device)}
+        with pretend_cuda():
+            metrics.main(metrics.Args(**files, num_transitions=100, device=device))
+        reports.append(json.loads((tmp_path / device).read_text())["numbers"])
+    for name, numbers in reports[0].items():
+        assert numbers == pytest.approx(reports[1][name], abs=1e-6)
 
 
 def test_images_latents_and_fine_tuning(tmp_path):
