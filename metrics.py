@@ -919,7 +919,7 @@ MAY_DIFFER = {
 class Run(NamedTuple):
     folder: Path
     config: dict
-    curves: dict  # {seed: {update: score}}
+    curves: dict  # {(seed, agent): {update: score}}
     script: str
     augmentation: str
     environment: str
@@ -940,7 +940,7 @@ def parse_run(folder):
     curves = defaultdict(dict)
     rows = np.loadtxt(folder / "evals.csv", delimiter=",", skiprows=1, ndmin=2)
     for update, agent, _, score in rows:
-        curves[config["seed"] + int(agent)][int(update)] = score
+        curves[config["seed"], int(agent)][int(update)] = score
     steps = config["train_steps"]
     num_ended = sum(max(curve) >= steps for curve in curves.values())
     assert num_ended == config["num_seeds"], f"not evaluated at update {steps}"
@@ -1007,13 +1007,14 @@ def note_differences(runs):
 
 
 def collect_curves(runs):
-    """Returns {(script, augmentation): {environment: {seed: {update: score}}}}. Of two runs of a
-    seed the later one among the folders counts, and a line says so."""
+    """Returns {(script, augmentation): {environment: {(seed, agent): {update: score}}}}. Of two
+    runs of a seed the later one among the folders counts, and a line says so."""
     curves = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         cell = curves[run.script, run.augmentation][run.environment]
-        for seed in cell.keys() & run.curves:
-            note(f"left out: seed {seed} of an earlier folder, which {run.folder} has, too")
+        num_repeated = len(cell.keys() & run.curves)
+        if num_repeated:
+            note(f"left out: {num_repeated} agents of an earlier folder, repeated in {run.folder}")
         cell |= run.curves
     return curves
 

@@ -384,7 +384,7 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     assert notes[1].startswith(f"left out: {folders[8]}, {reason}")
     assert notes[2:-1] == [
         "cql, hopper: batch_size is 256 (none [batch_size 256]), 7 (none [batch_size 7])",
-        f"left out: seed 0 of an earlier folder, which {folders[5]} has, too",
+        f"left out: 1 agents of an earlier folder, repeated in {folders[5]}",
     ]
     rows = {key: cells for key, *cells in (re.split("  +", line) for line in output)}
     assert list(rows)[1:5] == [
@@ -394,6 +394,14 @@ def test_runs_are_tabulated_as_the_paper_does(tmp_path, capsys):
     assert rows["cql + none [batch_size 7]"] == ["59.0 +- 0.0 (1)", "-", "-"]
     average = np.mean([(75, 71, 73), (9, 5, 8)], axis=0)
     assert rows["iql + gta"][2] == f"{average.mean():.1f} +- {average.std():.1f} (3)"
+
+
+def test_agents_of_two_seeds_are_all_counted(tmp_path, capsys):
+    """Agent 1 of seed 0 is not agent 0 of seed 1: all agents of a run share its random numbers."""
+    folders = [write_run(tmp_path, "iql", "none", "hopper", 1, 2, seed=0)]
+    folders += [write_run(tmp_path, "iql", "none", "hopper", 3, 6, seed=1)]
+    M.main(M.Args(runs=tuple(folders)))
+    assert f"3.0 +- {np.std([1, 2, 3, 6]):.1f} (4)" in capsys.readouterr().out
 
 
 def test_last_evaluations_are_averaged(tmp_path, capsys):
