@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.5", "numpy>=2", "gymnasium[mujoco]>=1", "mujoco<3.12",
-#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
+#     "minari[hdf5,hf]>=0.5.4", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """GTA, stage B: augment an offline dataset with a trained trajectory diffusion model.
 
@@ -302,7 +302,7 @@ class MixerUNet(nn.Module):
         super().__init__()
         c = [1, dim, 2 * dim, 4 * dim, 8 * dim]
         emb_dim = 2 * dim
-        r = [num_rows // (1 if num_rows == 2 else 2**level) for level in range(4)]
+        r = [num_rows // (1 if num_rows == 2 else 2**depth) for depth in range(4)]
         halve = partial(nn.Conv2d, kernel_size=3, stride=(2, 1), padding=1)
         double = partial(nn.ConvTranspose2d, kernel_size=(4, 3), stride=(2, 1), padding=1)
         if num_rows == 2:
@@ -312,17 +312,17 @@ class MixerUNet(nn.Module):
         self.emb_noise = nn.Sequential(nn.Linear(17, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
         self.emb_y = nn.Sequential(nn.Linear(1, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
 
-        def level(num_rows, c_in, c_out, resize):
-            block_1 = MixerBlock(num_rows, num_dims, c_in, c_out, emb_dim)
-            block_2 = MixerBlock(num_rows, num_dims, c_out, c_out, emb_dim)
+        def make_level(rows, c_in, c_out, resize):
+            block_1 = MixerBlock(rows, num_dims, c_in, c_out, emb_dim)
+            block_2 = MixerBlock(rows, num_dims, c_out, c_out, emb_dim)
             return nn.ModuleList([block_1, block_2, LinearAttention(c_out), resize(c_out, c_out)])
 
-        self.downs = nn.ModuleList([level(r[i], c[i], c[i + 1], halve) for i in range(3)])
-        self.bottom = level(r[3], c[3], c[4], nn.Identity)
+        self.downs = nn.ModuleList([make_level(r[i], c[i], c[i + 1], halve) for i in range(3)])
+        self.bottom = make_level(r[3], c[3], c[4], nn.Identity)
         self.middle_1 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
         self.middle_attention = LinearAttention(c[4])
         self.middle_2 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
-        self.ups = nn.ModuleList([level(r[i], 2 * c[i + 1], c[i], double) for i in (3, 2, 1)])
+        self.ups = nn.ModuleList([make_level(r[i], 2 * c[i + 1], c[i], double) for i in (3, 2, 1)])
         self.last = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(8, dim), nn.Mish(), nn.Conv2d(dim, 1, 1)
         )
@@ -417,6 +417,7 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -499,9 +500,11 @@ def open_datasets(env):
     box = first.action_space
     is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
     require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
-    for other in datasets[1:]:
-        same = env_id(other) == env_id(first) and other.action_space == box
-        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    obs_dim = gym.spaces.flatdim(first.observation_space)
+    for dataset in datasets[1:]:
+        same = env_id(dataset) == env_id(first) and dataset.action_space == box
+        same = same and gym.spaces.flatdim(dataset.observation_space) == obs_dim
+        require(same, f"{dataset.id} has another environment, states or actions than {first.id}")
     return datasets
 
 
@@ -522,7 +525,7 @@ def load_episodes(datasets):
                 s = np.stack([gym.spaces.flatten(space, state) for state in states])
                 a = record.actions.reshape(len(record.actions), -1)
                 r = record.rewards.reshape(-1).astype(np.float64)
-                terminals = record.terminations.astype(bool)
+                terminals = record.terminations.reshape(-1).astype(bool)
                 T = terminals.argmax() + 1 if terminals.any() else len(r)
                 num_left_out += len(r) - T
                 episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
@@ -532,7 +535,7 @@ def load_episodes(datasets):
         T = len(e.rewards)
         fits = len(e.observations) == T + 1
         fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
-        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        fits = fits and all((np.abs(x) < np.float32(3e38)).all() for x in e)  # what float32 holds
         require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
     num_transitions = sum(len(e.rewards) for e in episodes)
     print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
@@ -602,10 +605,7 @@ def make_windows(episodes, horizon, gamma, penalty):
 
 PACKAGES = ("torch", "numpy", "gymnasium", "minari")
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):
@@ -785,29 +785,35 @@ def make_buffer(args, x, sources, condition, box, metadata):
     )
 
 
-def report(buffer, sources, restored_penalty):
+def report(buffer, sources, penalty):
     """Prints and returns the mean rewards of the sources and of what was made of them, and prints
-    how both follow the condition. Both hold the penalty of a terminal, or neither does."""
+    how both follow the condition. Terminals are left out, and windows whose rewards hold their
+    penalty."""
     steps = sources.start[:, None] + np.arange(buffer.rewards.shape[1])
-    source_rewards = sources.rows[steps, -1] + restored_penalty * buffer.terminals  # [N, H]
+    source_rewards = sources.rows[steps, -1]  # [N, H]
     is_alive = ~buffer.terminals
     numbers = {
         "source_reward": source_rewards[is_alive].mean(dtype=np.float64),
         "generated_reward": buffer.rewards[is_alive].mean(dtype=np.float64),
     }
     print("mean reward (no terminals): sources {:.3f}, generated {:.3f}".format(*numbers.values()))
-    if buffer.condition is not None and np.ptp(buffer.condition) > 0:
-        of_sources = np.corrcoef(buffer.condition, source_rewards.sum(1))[0, 1]
-        generated = np.corrcoef(buffer.condition, buffer.rewards.sum(1))[0, 1]
-        numbers_text = f"sources {of_sources:.3f}, generated {generated:.3f}"
-        print(f"correlation of the condition and the window's rewards: {numbers_text}")
+    if buffer.condition is None:
+        return numbers
+    counted = is_alive.all(1) | (penalty == 0)  # as in metrics.py
+    columns = np.stack([buffer.condition, source_rewards.sum(1), buffer.rewards.sum(1)])
+    columns = columns[:, counted]
+    if columns.size and np.ptp(columns, axis=1).min() > 0:
+        _, of_sources, generated = np.corrcoef(columns)[0]
+        text = f"sources {of_sources:.3f}, generated {generated:.3f}"
+        print(f"correlation of the condition and the window's rewards: {text}")
     return numbers
 
 
 def main(args):
     check_flags(args)
     require(0 < args.mu <= 1, f"--mu {args.mu}: must lie in (0, 1]")
-    require(args.reweight_u > 0 and args.reweight_q > 0, "--reweight-u, --reweight-q: must be > 0")
+    weights = (args.reweight_u, args.reweight_q, args.success_weight)
+    require(min(weights) > 0, "--reweight-u, --reweight-q, --success-weight: must be > 0")
     at_most_one = not args.reweight_bins or args.success_weight == 1
     require(at_most_one, "--reweight-bins is for dense rewards, --success-weight for sparse ones")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
@@ -857,7 +863,7 @@ def main(args):
     require(finite, "NaN was generated, nothing is written; try a lower --alpha, --guidance")
     write_buffer(args.out, buffer)
     print(f"wrote {args.out}: {num_sources} subtrajectories, {buffer.rewards.size} transitions")
-    numbers = report(buffer, sources, penalty if args.restore_terminal_reward else 0.0)
+    numbers = report(buffer, sources, penalty)
     if args.track:
         wandb.log(numbers)
 

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.5", "numpy>=2", "gymnasium[mujoco]>=1", "mujoco<3.12",
-#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
+#     "minari[hdf5,hf]>=0.5.4", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """GTA, stage A: train a return-conditioned diffusion model of trajectories.
 
@@ -150,7 +150,7 @@ class MixerUNet(nn.Module):
         super().__init__()
         c = [1, dim, 2 * dim, 4 * dim, 8 * dim]
         emb_dim = 2 * dim
-        r = [num_rows // (1 if num_rows == 2 else 2**level) for level in range(4)]
+        r = [num_rows // (1 if num_rows == 2 else 2**depth) for depth in range(4)]
         halve = partial(nn.Conv2d, kernel_size=3, stride=(2, 1), padding=1)
         double = partial(nn.ConvTranspose2d, kernel_size=(4, 3), stride=(2, 1), padding=1)
         if num_rows == 2:
@@ -160,17 +160,17 @@ class MixerUNet(nn.Module):
         self.emb_noise = nn.Sequential(nn.Linear(17, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
         self.emb_y = nn.Sequential(nn.Linear(1, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
 
-        def level(num_rows, c_in, c_out, resize):
-            block_1 = MixerBlock(num_rows, num_dims, c_in, c_out, emb_dim)
-            block_2 = MixerBlock(num_rows, num_dims, c_out, c_out, emb_dim)
+        def make_level(rows, c_in, c_out, resize):
+            block_1 = MixerBlock(rows, num_dims, c_in, c_out, emb_dim)
+            block_2 = MixerBlock(rows, num_dims, c_out, c_out, emb_dim)
             return nn.ModuleList([block_1, block_2, LinearAttention(c_out), resize(c_out, c_out)])
 
-        self.downs = nn.ModuleList([level(r[i], c[i], c[i + 1], halve) for i in range(3)])
-        self.bottom = level(r[3], c[3], c[4], nn.Identity)
+        self.downs = nn.ModuleList([make_level(r[i], c[i], c[i + 1], halve) for i in range(3)])
+        self.bottom = make_level(r[3], c[3], c[4], nn.Identity)
         self.middle_1 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
         self.middle_attention = LinearAttention(c[4])
         self.middle_2 = MixerBlock(r[3], num_dims, c[4], c[4], emb_dim)
-        self.ups = nn.ModuleList([level(r[i], 2 * c[i + 1], c[i], double) for i in (3, 2, 1)])
+        self.ups = nn.ModuleList([make_level(r[i], 2 * c[i + 1], c[i], double) for i in (3, 2, 1)])
         self.last = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(8, dim), nn.Mish(), nn.Conv2d(dim, 1, 1)
         )
@@ -260,7 +260,7 @@ def update_ema(ema, model, step, every=10, power=18, max_decay=0.995):
 def update(args, network, loss_fn, optimizer, rows, start, y, share):
     """One gradient step. Returns the loss. rows [R, D] are standardised; start, y [W].
 
-    Batch and noise are the same on every rank of torchrun, which takes the slice share of them.
+    Every rank of torchrun draws the same batch and noise, and takes its own slice of them, share.
     """
     index = torch.randint(len(start), (args.batch_size,), device=start.device)
     x = rows[start[index, None] + torch.arange(args.horizon + 1, device=rows.device)]
@@ -313,6 +313,7 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -392,9 +393,11 @@ def open_datasets(env):
     box = first.action_space
     is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
     require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
-    for other in datasets[1:]:
-        same = env_id(other) == env_id(first) and other.action_space == box
-        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    obs_dim = gym.spaces.flatdim(first.observation_space)
+    for dataset in datasets[1:]:
+        same = env_id(dataset) == env_id(first) and dataset.action_space == box
+        same = same and gym.spaces.flatdim(dataset.observation_space) == obs_dim
+        require(same, f"{dataset.id} has another environment, states or actions than {first.id}")
     return datasets
 
 
@@ -423,7 +426,7 @@ def load_episodes(datasets):
                 s = np.stack([gym.spaces.flatten(space, state) for state in states])
                 a = record.actions.reshape(len(record.actions), -1)
                 r = record.rewards.reshape(-1).astype(np.float64)
-                terminals = record.terminations.astype(bool)
+                terminals = record.terminations.reshape(-1).astype(bool)
                 T = terminals.argmax() + 1 if terminals.any() else len(r)
                 num_left_out += len(r) - T
                 episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
@@ -433,7 +436,7 @@ def load_episodes(datasets):
         T = len(e.rewards)
         fits = len(e.observations) == T + 1
         fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
-        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        fits = fits and all((np.abs(x) < np.float32(3e38)).all() for x in e)  # what float32 holds
         require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
     num_transitions = sum(len(e.rewards) for e in episodes)
     print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
@@ -509,8 +512,16 @@ def make_windows(episodes, horizon, gamma, penalty):
 def fit_normalizer(episodes):
     """Returns mean and deviation of all transitions, computed before the penalty is subtracted."""
     transitions = [np.column_stack([e.observations[:-1], e.actions, e.rewards]) for e in episodes]
-    transitions = torch.from_numpy(np.concatenate(transitions)).double()
-    return Normalizer(transitions.mean(0).float(), (transitions.std(0) + 1e-5).float())
+    transitions = np.concatenate(transitions, dtype=np.float64)
+    states = np.concatenate([e.observations for e in episodes], dtype=np.float64)
+    std = transitions.std(0, ddof=1)
+    for i in range(states.shape[1]):
+        if std[i] < 1e-6:  # it changes in last states alone, if at all
+            std[i] = states[:, i].std()
+    if std[-1] < 1e-6:  # the penalty would be millions of deviations
+        std[-1] = 1.0
+    mean = torch.from_numpy(transitions.mean(0))
+    return Normalizer(mean.float(), torch.from_numpy(std + 1e-5).float())
 
 
 def describe_terminals(episodes, penalty):
@@ -522,18 +533,15 @@ def describe_terminals(episodes, penalty):
     paid = f"mean reward {rewards[terminals].mean():.3g}"
     if not terminals.all():
         paid += f" (of the others {rewards[~terminals].mean():.3g})"
-    advice = "if they are successes, give --terminal-penalty 0"
-    return f"terminal transitions: {terminals.sum()}, {paid}, each costs {penalty:g}; {advice}"
+    advice = "; if they are successes, give --terminal-penalty 0" if penalty else ""
+    return f"terminal transitions: {terminals.sum()}, {paid}, each costs {penalty:g}{advice}"
 
 
 # --- files ---
 
 PACKAGES = ("torch", "numpy", "gymnasium", "minari")
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):
@@ -595,8 +603,9 @@ class Model(NamedTuple):
 
 
 def record(function, warm_up=3):
-    """Returns function as a CUDA graph, one launch of the GPU. The first calls run it as it is, as
-    a capture needs. Then it is captured, which computes nothing, and replayed."""
+    """Returns function as a CUDA graph, one launch of the GPU. The first warm_up calls run it as it
+    is, as CUDA asks before a capture. The next one captures it, which computes nothing, and replays
+    it; later ones only replay it."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -754,6 +763,8 @@ def main(args):
     has_rows = args.horizon == 1 or args.horizon % 8 == 7
     require(has_rows, f"--horizon {args.horizon}: must be 1, 7, 15, 23, 31, ...")
     require(args.dim % 8 == 0, f"--dim {args.dim}: must be a multiple of 8")
+    require(args.condition_dropout <= 1, "--condition-dropout: must be at most 1")
+    require(args.return_scale > 0, "--return-scale: must be greater than 0")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     torch.set_float32_matmul_precision("high")  # TF32
     ranks = join_ranks(args)

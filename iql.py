@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.5", "numpy>=2", "gymnasium[mujoco]>=1", "mujoco<3.12",
-#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
+#     "minari[hdf5,hf]>=0.5.4", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """IQL (Kostrikov et al., 2021) on an offline dataset, alone or with generated trajectories.
 
@@ -43,9 +43,9 @@ class Args:
     # --- IQL ---
     lr: float = 3e-4  # learning rate of Adam; the actor's falls to 0 along a cosine
     discount: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics towards the trained ones; not IQL's tau
-    # of the value loss (eq. 5): 0.5 is the mean, 1 the maximum. Default: 0.9 in AntMaze, 0.8 in
-    # Adroit, else 0.7
+    tau: float = 0.005  # step of the target critics towards the trained ones
+    # of the value loss, IQL's tau (eq. 5): 0.5 is the mean, 1 the maximum. Default: 0.9 in AntMaze,
+    # 0.8 in Adroit, else 0.7
     expectile: float | None = None
     # inverse temperature (eq. 7). Default: 10 in AntMaze, 0.5 in Kitchen, else 3
     beta: float | None = None
@@ -159,7 +159,8 @@ class Scale(nn.Module):
         return (2 * a - self.high - self.low) / width
 
     def env_actions(self, a):
-        return (self.high + self.low) / 2 + (self.high - self.low) / 2 * a
+        a = (self.high + self.low) / 2 + (self.high - self.low) / 2 * a
+        return a.clamp(self.low, self.high)  # rounding may lead out of the box
 
 
 # --- IQL ---
@@ -288,6 +289,7 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -371,9 +373,11 @@ def open_datasets(env):
     box = first.action_space
     is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
     require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
-    for other in datasets[1:]:
-        same = env_id(other) == env_id(first) and other.action_space == box
-        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    obs_dim = gym.spaces.flatdim(first.observation_space)
+    for dataset in datasets[1:]:
+        same = env_id(dataset) == env_id(first) and dataset.action_space == box
+        same = same and gym.spaces.flatdim(dataset.observation_space) == obs_dim
+        require(same, f"{dataset.id} has another environment, states or actions than {first.id}")
     return datasets
 
 
@@ -402,7 +406,7 @@ def load_episodes(datasets):
                 s = np.stack([gym.spaces.flatten(space, state) for state in states])
                 a = record.actions.reshape(len(record.actions), -1)
                 r = record.rewards.reshape(-1).astype(np.float64)
-                terminals = record.terminations.astype(bool)
+                terminals = record.terminations.reshape(-1).astype(bool)
                 T = terminals.argmax() + 1 if terminals.any() else len(r)
                 num_left_out += len(r) - T
                 episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
@@ -412,7 +416,7 @@ def load_episodes(datasets):
         T = len(e.rewards)
         fits = len(e.observations) == T + 1
         fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
-        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        fits = fits and all((np.abs(x) < np.float32(3e38)).all() for x in e)  # what float32 holds
         require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
     num_transitions = sum(len(e.rewards) for e in episodes)
     print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
@@ -428,6 +432,7 @@ def read_buffer(path):
             arrays = {key: file[key] for key in Buffer._fields if key in file}
         metadata = json.loads(str(arrays.pop("metadata")))
         buffer = Buffer(metadata, **arrays)
+        metadata["label"] = metadata.get("label") or metadata.get("method") or Path(path).stem
         found = (metadata["format"], metadata["format_version"])
     require(found == ("gta-buffer", 1), f"--aug {path}: {found}, not version 1 of gta-buffer")
     finite = all(np.isfinite(x).all() for x in arrays.values())
@@ -467,7 +472,7 @@ def identify(args, datasets, episodes, buffer):
     if buffer:
         require_made_from(f"--aug {args.aug}", buffer.metadata, inputs)
         inputs["buffer_crc"] = checksum(x for x in buffer[1:] if x is not None)
-        label = buffer.metadata.get("label", buffer.metadata["method"])
+        label = buffer.metadata["label"]
         labels.append(f"{label} only" if args.aug_only else label)
     if args.s4rl_sigma:
         labels.append(f"s4rl({args.s4rl_sigma})")
@@ -483,8 +488,8 @@ def fill_in_by_domain(args, domain):
 
 
 def concatenate_windows(parts, num_dropped):
-    """Returns the fields of parts, which are windows [N, H, ...], as rows one after another, but
-    for the first num_dropped."""
+    """Returns each field, joined over all parts: their windows [N, H, ...] become rows, of which
+    the first num_dropped are left out."""
     fields = []
     with or_exit("states or actions of the datasets, or of --aug, differ in size"):
         for windows in zip(*parts):
@@ -500,7 +505,7 @@ def concatenate_windows(parts, num_dropped):
 def make_transitions(episodes, buffer, aug_only=False):
     """Returns the transitions of the episodes, unless the buffer's alone are wanted, and those of
     the buffer's windows."""
-    parts = []  # of views: windows [N, H, ...], an episode is one
+    parts = []  # windows [N, H, ...], no copies; an episode is one window
     for s, a, r, terminal in episodes:
         parts.append(Transitions(s[None, :-1], a[None], r[None], s[None, 1:], terminal[None]))
     if buffer:
@@ -551,9 +556,9 @@ def make_sampler(transitions, scale, args):
 # --- evaluation ---
 
 REFERENCE_RETURNS = {  # of a random and of an expert policy (D4RL), where a dataset has none
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
+    "^halfcheetah-": (-280.178953, 12135.0),
+    "^hopper-": (-20.272305, 3234.3),
+    "^walker2d-": (1.629008, 4592.3),
     "pointmaze_umazedense": (68.537689, 193.662856),
     "pointmaze_mediumdense": (44.264742, 297.455255),
     "pointmaze_largedense": (30.569041, 303.485738),
@@ -609,6 +614,7 @@ def make_benchmark(dataset, args):
     print(f"evaluation: {name}, a return of {low} scores 0, {high} scores 100")
     num_envs = args.num_seeds * min(args.eval_episodes, 10)
     kwargs |= {"max_episode_steps": steps, "wrappers": [gym.wrappers.FlattenObservation]}
+    kwargs.pop("render_mode", None)  # no window opens
     with or_exit(
         f"cannot make {name}: mazes, Adroit and Kitchen need gymnasium-robotics, an environment of "
         "your own --env-package; --eval-episodes 0 trains without one"
@@ -620,6 +626,7 @@ def make_benchmark(dataset, args):
             importlib.import_module("gymnasium_robotics")
         # a spec, not its name: of "module:name" the module would be imported
         envs = gym.make_vec(gym.spec(name), num_envs, "sync", **kwargs)
+        envs.reset()  # what fails here would fail at the first evaluation
     spaces = (gym.spaces.flatten_space(dataset.observation_space).shape, dataset.action_space)
     env_spaces = (envs.single_observation_space.shape, envs.single_action_space)
     message = f"{dataset.id} has states and actions {spaces}, {name} has {env_spaces}"
@@ -663,10 +670,7 @@ def evaluate(agents, benchmark, args):
 
 PACKAGES = ("torch", "numpy", "gymnasium", "minari")
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):
@@ -697,8 +701,9 @@ def new_file(path):
 
 
 def record(function, warm_up=3):
-    """Returns function as a CUDA graph, one launch of the GPU. The first calls run it as it is, as
-    a capture needs. Then it is captured, which computes nothing, and replayed."""
+    """Returns function as a CUDA graph, one launch of the GPU. The first warm_up calls run it as it
+    is, as CUDA asks before a capture. The next one captures it, which computes nothing, and replays
+    it; later ones only replay it."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -763,6 +768,12 @@ def load_checkpoint(out, agents, optimizers, args):
     return checkpoint["step"], checkpoint["evals"]
 
 
+def write_evals(out, evals):
+    """Writes evals.csv."""
+    with new_file(out / "evals.csv") as file:
+        np.savetxt(file, evals, "%.10g", ",", header="update,agent,return,score", comments="")
+
+
 def save_checkpoint(out, config, agents, optimizers, step, evals):
     """Writes checkpoint.pt and evals.csv, unless the folder is another run's by now."""
     require_same(out, read_config(out), config)
@@ -775,8 +786,7 @@ def save_checkpoint(out, config, agents, optimizers, step, evals):
     }
     with new_file(out / "checkpoint.pt") as file:
         torch.save(checkpoint, file)
-    with new_file(out / "evals.csv") as file:
-        np.savetxt(file, evals, "%.10g", ",", header="update,agent,return,score", comments="")
+    write_evals(out, evals)
 
 
 def load_agents(path, device="cpu"):
@@ -802,9 +812,11 @@ def describe_result(evals, num_seeds):
 
 def run(args, inputs, agents, optimizers, train, benchmark, updates=1, may_be_longer=True):
     """Trains to --train-steps from where --out stopped, evaluates and writes. A call of train makes
-    so many updates, and returns the losses, summed over the agents."""
+    that many updates, and returns the losses, summed over the agents."""
     out, config = open_run(args, inputs, may_be_longer)
     step, evals = load_checkpoint(out, agents, optimizers, args)
+    if step > 0:
+        write_evals(out, evals)  # a kill may have come between the two files
     if args.track:
         import wandb
 
@@ -852,6 +864,7 @@ def main(args):
     episodes = load_episodes(datasets)
     inputs = identify(args, datasets, episodes, buffer)
     fill_in_by_domain(args, find_domain(datasets[0]))
+    require(args.actor_dropout <= 1, "--actor-dropout: must be at most 1")
     benchmark = make_benchmark(datasets[0], args) if args.eval_episodes else None
     if benchmark:
         inputs["dataset_score"] = score_dataset(episodes, benchmark)

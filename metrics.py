@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.5", "numpy>=2", "scipy>=1.11", "matplotlib>=3.8",
-#     "gymnasium[mujoco]>=1", "mujoco<3.12", "minari[hdf5,hf]>=0.5.3", "tyro>=0.9", "tqdm", "wandb"]
+#     "gymnasium[mujoco]>=1", "mujoco<3.12", "minari[hdf5,hf]>=0.5.4", "tyro>=0.9", "tqdm", "wandb"]
 # ///
 """Is generated data plausible, novel and better? And: the results of a set of runs.
 
@@ -167,8 +167,8 @@ def correlation(x, y):
 def measure(sample, answers, std):
     """All numbers of a sample by name, but for the novelty. std [obs_dim].
 
-    Rewards that hold a penalty are left out of the rewards, windows with one in their condition out
-    of the controllability.
+    Rewards that hold a penalty, and windows in whose steps one falls, are left out; in a condition
+    a later one stays.
     """
     counted = ~sample.penalised
     numbers = {
@@ -247,7 +247,9 @@ def make_oracle(dataset):
     if name not in gym.registry:
         importlib.import_module("gymnasium_robotics")
     assert name in gym.registry, f"{name} is not registered; see --env-package"
-    env = gym.make(gym.registry[name], **dataset.env_spec.kwargs).unwrapped
+    kwargs = dict(dataset.env_spec.kwargs)
+    kwargs.pop("render_mode", None)  # no window opens
+    env = gym.make(gym.registry[name], **kwargs).unwrapped
     recorded = dataset.action_space
     made = env.action_space
     assert recorded == made, f"the actions of {dataset.id} are {recorded}, those of {name} {made}"
@@ -314,6 +316,7 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -389,9 +392,11 @@ def open_datasets(env):
     box = first.action_space
     is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
     require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
-    for other in datasets[1:]:
-        same = env_id(other) == env_id(first) and other.action_space == box
-        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    obs_dim = gym.spaces.flatdim(first.observation_space)
+    for dataset in datasets[1:]:
+        same = env_id(dataset) == env_id(first) and dataset.action_space == box
+        same = same and gym.spaces.flatdim(dataset.observation_space) == obs_dim
+        require(same, f"{dataset.id} has another environment, states or actions than {first.id}")
     return datasets
 
 
@@ -412,7 +417,7 @@ def load_episodes(datasets):
                 s = np.stack([gym.spaces.flatten(space, state) for state in states])
                 a = record.actions.reshape(len(record.actions), -1)
                 r = record.rewards.reshape(-1).astype(np.float64)
-                terminals = record.terminations.astype(bool)
+                terminals = record.terminations.reshape(-1).astype(bool)
                 T = terminals.argmax() + 1 if terminals.any() else len(r)
                 num_left_out += len(r) - T
                 episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
@@ -422,7 +427,7 @@ def load_episodes(datasets):
         T = len(e.rewards)
         fits = len(e.observations) == T + 1
         fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
-        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        fits = fits and all((np.abs(x) < np.float32(3e38)).all() for x in e)  # what float32 holds
         require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
     num_transitions = sum(len(e.rewards) for e in episodes)
     print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
@@ -438,6 +443,7 @@ def read_buffer(path):
             arrays = {key: file[key] for key in Buffer._fields if key in file}
         metadata = json.loads(str(arrays.pop("metadata")))
         buffer = Buffer(metadata, **arrays)
+        metadata["label"] = metadata.get("label") or metadata.get("method") or Path(path).stem
         found = (metadata["format"], metadata["format_version"])
     require(found == ("gta-buffer", 1), f"--aug {path}: {found}, not version 1 of gta-buffer")
     finite = all(np.isfinite(x).all() for x in arrays.values())
@@ -670,8 +676,9 @@ def draw_returns(episodes, sample, answers, axes):
 
 
 def draw_condition(sample, axes):
-    """Draws what windows were asked for against what they return (Figure 7): both as discounted
-    returns of their H steps, as the sources' are."""
+    """Draws the condition against the return of windows (Figure 7), both discounted and of their H
+    steps: of the condition is left what is not due to what the source earned after them. So all of
+    the amplification is asked of these steps, and most windows lie below the line."""
     shown = np.flatnonzero(np.isfinite(sample.asked))
     shown = np.random.default_rng(0).permutation(shown)[:5000]
     asked = sample.asked[shown]
@@ -680,7 +687,7 @@ def draw_condition(sample, axes):
         axes.scatter(asked, returns, s=4, color=colour, alpha=0.4, label=label)
     middle = asked.mean()
     axes.axline((middle, middle), slope=1, color="k", linestyle="--", label="as asked")
-    axes.set(xlabel="asked for", ylabel="discounted return")
+    axes.set(xlabel="condition less what came later", ylabel="discounted return")
 
 
 def make_trajectories(episodes, sample, env):
@@ -756,10 +763,7 @@ def draw_figure(pictures):
 # --- files ---
 
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):
@@ -840,7 +844,7 @@ def draw_samples(args, inputs, episodes, std):
     buffers = {}
     for path in args.aug:
         sample, metadata = load_sample(path, args, inputs, episodes)
-        label = metadata.get("label", metadata["method"])
+        label = metadata["label"]
         name = f"{label} {path}" if label in samples else label
         samples[name] = sample
         buffers[name] = metadata

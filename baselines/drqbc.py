@@ -67,7 +67,7 @@ class Args:
     # CUDA_VISIBLE_DEVICES picks the card
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_ENTITY say where
-    # no flags, but in config.json as of the other learners
+    # no flags; config.json holds them, as that of the other learners does
     env: str | None = field(default=None, init=False)  # folder of V-D4RL, which names the results
     num_seeds: int = field(default=1, init=False)  # agents
 
@@ -270,6 +270,7 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -486,6 +487,7 @@ def read_buffer(path):
             arrays = {key: file[key] for key in Buffer._fields if key in file}
         metadata = json.loads(str(arrays.pop("metadata")))
         buffer = Buffer(metadata, **arrays)
+        metadata["label"] = metadata.get("label") or metadata.get("method") or Path(path).stem
         found = (metadata["format"], metadata["format_version"])
     require(found == ("gta-buffer", 1), f"--aug {path}: {found}, not version 1 of gta-buffer")
     finite = all(np.isfinite(x).all() for x in arrays.values())
@@ -527,14 +529,14 @@ def identify_latents(args, agent, dataset_id, episodes, buffer):
     if buffer:
         require_made_from(f"--aug {args.aug}", buffer.metadata, inputs)
         inputs["buffer_crc"] = checksum(x for x in buffer[1:] if x is not None)
-        label = buffer.metadata.get("label", buffer.metadata["method"])
+        label = buffer.metadata["label"]
     inputs["aug_label"] = f"latents, {label}"
     return inputs
 
 
 def concatenate_windows(parts, num_dropped):
-    """Returns the fields of parts, which are windows [N, H, ...], as rows one after another, but
-    for the first num_dropped."""
+    """Returns each field, joined over all parts: their windows [N, H, ...] become rows, of which
+    the first num_dropped are left out."""
     fields = []
     with or_exit("states or actions of the datasets, or of --aug, differ in size"):
         for windows in zip(*parts):
@@ -550,7 +552,7 @@ def concatenate_windows(parts, num_dropped):
 def make_transitions(episodes, buffer, aug_only=False):
     """Returns the transitions of the episodes, unless the buffer's alone are wanted, and those of
     the buffer's windows."""
-    parts = []  # of views: windows [N, H, ...], an episode is one
+    parts = []  # windows [N, H, ...], no copies; an episode is one window
     for s, a, r, terminal in episodes:
         parts.append(Transitions(s[None, :-1], a[None], r[None], s[None, 1:], terminal[None]))
     if buffer:
@@ -619,10 +621,7 @@ def evaluate(agent, env, args, action_repeat=2):
 
 PACKAGES = ("torch", "numpy", "gymnasium", "minari")
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):
@@ -661,8 +660,9 @@ def new_file(path):
 
 
 def record(function, warm_up=3):
-    """Returns function as a CUDA graph, one launch of the GPU. The first calls run it as it is, as
-    a capture needs. Then it is captured, which computes nothing, and replayed."""
+    """Returns function as a CUDA graph, one launch of the GPU. The first warm_up calls run it as it
+    is, as CUDA asks before a capture. The next one captures it, which computes nothing, and replays
+    it; later ones only replay it."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -727,6 +727,12 @@ def load_checkpoint(out, agents, optimizers, args):
     return checkpoint["step"], checkpoint["evals"]
 
 
+def write_evals(out, evals):
+    """Writes evals.csv."""
+    with new_file(out / "evals.csv") as file:
+        np.savetxt(file, evals, "%.10g", ",", header="update,agent,return,score", comments="")
+
+
 def save_checkpoint(out, config, agents, optimizers, step, evals):
     """Writes checkpoint.pt and evals.csv, unless the folder is another run's by now."""
     require_same(out, read_config(out), config)
@@ -739,8 +745,7 @@ def save_checkpoint(out, config, agents, optimizers, step, evals):
     }
     with new_file(out / "checkpoint.pt") as file:
         torch.save(checkpoint, file)
-    with new_file(out / "evals.csv") as file:
-        np.savetxt(file, evals, "%.10g", ",", header="update,agent,return,score", comments="")
+    write_evals(out, evals)
 
 
 def load_agents(path, device="cpu"):
@@ -766,9 +771,11 @@ def describe_result(evals, num_seeds):
 
 def run(args, inputs, agents, optimizers, train, benchmark, updates=1, may_be_longer=True):
     """Trains to --train-steps from where --out stopped, evaluates and writes. A call of train makes
-    so many updates, and returns the losses, summed over the agents."""
+    that many updates, and returns the losses, summed over the agents."""
     out, config = open_run(args, inputs, may_be_longer)
     step, evals = load_checkpoint(out, agents, optimizers, args)
+    if step > 0:
+        write_evals(out, evals)  # a kill may have come between the two files
     if args.track:
         import wandb
 

@@ -21,6 +21,7 @@ root, where a command that is run again goes on where it stopped:
 """
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -190,6 +191,7 @@ def main(args):
     if args.what == "settings":
         print(settings_table())
         return
+    args.folder = shlex.quote(args.folder)
     for stage, commands in list_commands(args).items():
         print(f"stage {stage}: {len(commands)} commands", file=sys.stderr)
         sys.stdout.writelines(f"{command}\n" for command in commands)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.5", "numpy>=2", "gymnasium>=1", "minari[hdf5,hf]>=0.5.3", "tyro>=0.9",
+# dependencies = ["torch>=2.5", "numpy>=2", "gymnasium>=1", "minari[hdf5,hf]>=0.5.4", "tyro>=0.9",
 #     "tqdm"]
 # ///
 """GTA's reward proxy (E.7, Table 18): the rewards of a buffer become those of a network r(s, a).
@@ -114,6 +114,7 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
+    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -183,9 +184,11 @@ def open_datasets(env):
     box = first.action_space
     is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
     require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
-    for other in datasets[1:]:
-        same = env_id(other) == env_id(first) and other.action_space == box
-        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    obs_dim = gym.spaces.flatdim(first.observation_space)
+    for dataset in datasets[1:]:
+        same = env_id(dataset) == env_id(first) and dataset.action_space == box
+        same = same and gym.spaces.flatdim(dataset.observation_space) == obs_dim
+        require(same, f"{dataset.id} has another environment, states or actions than {first.id}")
     return datasets
 
 
@@ -206,7 +209,7 @@ def load_episodes(datasets):
                 s = np.stack([gym.spaces.flatten(space, state) for state in states])
                 a = record.actions.reshape(len(record.actions), -1)
                 r = record.rewards.reshape(-1).astype(np.float64)
-                terminals = record.terminations.astype(bool)
+                terminals = record.terminations.reshape(-1).astype(bool)
                 T = terminals.argmax() + 1 if terminals.any() else len(r)
                 num_left_out += len(r) - T
                 episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
@@ -216,7 +219,7 @@ def load_episodes(datasets):
         T = len(e.rewards)
         fits = len(e.observations) == T + 1
         fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
-        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        fits = fits and all((np.abs(x) < np.float32(3e38)).all() for x in e)  # what float32 holds
         require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
     num_transitions = sum(len(e.rewards) for e in episodes)
     print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
@@ -232,6 +235,7 @@ def read_buffer(path):
             arrays = {key: file[key] for key in Buffer._fields if key in file}
         metadata = json.loads(str(arrays.pop("metadata")))
         buffer = Buffer(metadata, **arrays)
+        metadata["label"] = metadata.get("label") or metadata.get("method") or Path(path).stem
         found = (metadata["format"], metadata["format_version"])
     require(found == ("gta-buffer", 1), f"--aug {path}: {found}, not version 1 of gta-buffer")
     finite = all(np.isfinite(x).all() for x in arrays.values())
@@ -271,10 +275,7 @@ def stack_transitions(episodes):
 # --- files ---
 
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):
@@ -332,7 +333,7 @@ def describe_relabeled(args, buffer, datasets, episodes):
     the old one was made from other data."""
     inputs = identify_dataset(datasets, episodes)
     require_made_from(f"--aug {args.aug}", buffer.metadata, inputs)
-    label = buffer.metadata.get("label", buffer.metadata["method"])
+    label = buffer.metadata["label"]
     return {
         **buffer.metadata,
         **inputs,

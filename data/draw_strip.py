@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["numpy>=2", "matplotlib>=3.8", "gymnasium[mujoco]>=1", "mujoco<3.12",
-#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9"]
+#     "minari[hdf5,hf]>=0.5.4", "tyro>=0.9"]
 # ///
 """Draws a film strip: a window of the dataset, and below it what was generated from it.
 

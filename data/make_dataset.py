@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["numpy>=2", "gymnasium[mujoco]>=1", "mujoco<3.12", "h5py>=3",
-#     "minari[hdf5,hf]>=0.5.3", "tyro>=0.9"]
+#     "minari[hdf5,hf]>=0.5.4", "tyro>=0.9"]
 # ///
 """The datasets of the paper's ablations, and D4RL's own files, as folders that --env takes.
 
@@ -454,6 +454,8 @@ def read_episode(dataset, i):
 def find_faults(dataset, record, states):
     """Returns what is wrong with an episode, states its flattened observations."""
     T = len(record.rewards)
+    if T == 0:
+        return [Fault("it has no transitions")]
     fields = {
         "observations": (states, (T + 1, gym.spaces.flatdim(dataset.observation_space))),
         "actions": (record.actions, (T, gym.spaces.flatdim(dataset.action_space))),
@@ -616,9 +618,11 @@ def open_datasets(env):
     box = first.action_space
     is_vector = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
     require(is_vector, f"{first.id}: actions must be a vector of real numbers, not {box}")
-    for other in datasets[1:]:
-        same = env_id(other) == env_id(first) and other.action_space == box
-        require(same, f"{other.id} is of another environment, or other actions, than {first.id}")
+    obs_dim = gym.spaces.flatdim(first.observation_space)
+    for dataset in datasets[1:]:
+        same = env_id(dataset) == env_id(first) and dataset.action_space == box
+        same = same and gym.spaces.flatdim(dataset.observation_space) == obs_dim
+        require(same, f"{dataset.id} has another environment, states or actions than {first.id}")
     return datasets
 
 
@@ -639,7 +643,7 @@ def load_episodes(datasets):
                 s = np.stack([gym.spaces.flatten(space, state) for state in states])
                 a = record.actions.reshape(len(record.actions), -1)
                 r = record.rewards.reshape(-1).astype(np.float64)
-                terminals = record.terminations.astype(bool)
+                terminals = record.terminations.reshape(-1).astype(bool)
                 T = terminals.argmax() + 1 if terminals.any() else len(r)
                 num_left_out += len(r) - T
                 episodes.append(Episode(s[: T + 1], a[:T], r[:T], terminals[:T]))
@@ -649,7 +653,7 @@ def load_episodes(datasets):
         T = len(e.rewards)
         fits = len(e.observations) == T + 1
         fits = fits and e.actions.shape == (T, *datasets[0].action_space.shape)
-        fits = fits and all((np.abs(x) < 3e38).all() for x in e)  # what float32 holds
+        fits = fits and all((np.abs(x) < np.float32(3e38)).all() for x in e)  # what float32 holds
         require(fits, f"{name}: episode {i} has wrong sizes or NaN; see data/make_dataset.py check")
     num_transitions = sum(len(e.rewards) for e in episodes)
     print(f"dataset: {name}, {len(episodes)} episodes, {num_transitions} transitions")
@@ -707,10 +711,7 @@ def find_return(episode):
 # --- files ---
 
 # flags that may differ when --out exists: paths (of inputs the checksums count) and the machine
-FREE = (
-    *("env", "aug", "checkpoint", "diffusion", "data", "run", "env_package"),
-    *("device", "track", "out", "versions"),
-)
+FREE = "env aug checkpoint diffusion data run env_package device track out versions".split()
 
 
 def require_same(path, old, new, flag="--out"):

@@ -211,14 +211,18 @@ def test_windows_match_their_sources(augment, episodes):
     assert np.abs(inpainted["actions"]).max() <= 1.0
 
 
-def test_what_is_reported_is_of_one_kind(pipeline, tmp_path, capsys, augment):
-    """With --restore-terminal-reward neither the sources' nor the generated rewards are penalised,
-    without it both are: with a tiny mu both correlate alike with the condition."""
+def test_windows_that_hold_a_penalty_are_not_correlated(capsys, augment):
+    """As in metrics.py. With a tiny mu the generated rewards are the sources'."""
     exact = {"num_steps": 128, "mu": 0.01, "guidance": 0.0, "num_transitions": 7 * 200, "seed": 1}
     for restore in (False, True):
-        augment(f"{restore}.npz", restore_terminal_reward=restore, **exact)
+        buffer = augment(f"{restore}.npz", restore_terminal_reward=restore, **exact)
         line = capsys.readouterr().out.splitlines()[-1]
         source, generated = (float(x) for x in re.findall(r"-?[0-9.]+", line))
+        whole = ~buffer["terminals"].any(1)
+        returns = buffer["rewards"].sum(1)
+        assert not whole.all()
+        expected = np.corrcoef(buffer["condition"][whole], returns[whole])[0, 1]
+        assert generated == pytest.approx(expected, abs=6e-4)
         assert source == pytest.approx(generated, abs=0.01)
 
 
@@ -276,6 +280,7 @@ def test_a_buffer_is_never_replaced_by_another(augment, tmp_path, capsys, pipeli
         ("two.npz", {"guidance": 1e38}, "NaN was generated"),
         ("two.npz", {"guidance": -1.0}, "--guidance -1.0: must be at least 0"),
         ("two.npz", {"label": ""}, "--label is empty"),
+        ("two.npz", {"success_weight": 0.0}, "--success-weight: must be > 0"),
         ("two.npz", {"checkpoint": __file__}, "no diffusion.pt of gta_diffusion.py"),
     ):
         with pytest.raises(SystemExit, match=message):

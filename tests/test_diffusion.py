@@ -220,6 +220,21 @@ def test_main_trains_on_the_batches_of_the_paper(tmp_path, monkeypatch, episodes
     assert lr == pytest.approx(3e-3 * A.warm_restarts(49, 4))
 
 
+def test_what_is_constant_but_in_last_states_or_for_the_penalty_stays_in_range():
+    """A flag of success in the last state, a reward of 1, and a state that never changes."""
+    episodes = []
+    for T in (5, 8):
+        s = np.random.default_rng(T).normal(size=(T + 1, 3))
+        s[:, 1] = np.arange(T + 1) == T
+        s[:, 2] = 0.1
+        episodes.append(A.Episode(s, s[:-1, :1], np.ones(T), np.arange(T) == T - 1))
+    normalizer = A.fit_normalizer(episodes)
+    rows = A.make_windows(episodes, 3, 0.99, 100.0).rows
+    rows = (rows - normalizer.mean.numpy()) / normalizer.std.numpy()
+    assert np.abs(rows[:, :3]).max() < 10 and rows[:, 4].min() == pytest.approx(-100, rel=1e-4)
+    assert normalizer.std[2].item() == pytest.approx(1e-5)
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     """kill -9 after a checkpoint, then the same flags once more."""
     path = tmp_path / "diffusion.pt"

@@ -177,6 +177,11 @@ def test_a_run_that_is_finished_says_so_and_stays(data):
     again = train("td3bc", data.parent, *flags, "--device", "cpu")
     assert "at update 2 of 2" in again.stdout and path.stat().st_mtime_ns == before
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    evals = data.parent / "out" / "evals.csv"
+    whole = evals.read_text()
+    evals.unlink()  # as a kill between the two files leaves it
+    train("td3bc", data.parent, *flags)
+    assert evals.read_text() == whole
     other = train("td3bc", data.parent, *flags, "--lr", 1e-4, ok=False)
     assert "lr 0.0003; choose another --out" in other.stderr
     path.write_bytes(path.read_bytes()[:5000])
@@ -287,6 +292,7 @@ WRONG_FLAGS = [
     (["--s4rl-sigma=-0.1"], "--s4rl-sigma -0.1: must be at least 0"),
     (["--batch-size=0"], "--batch-size 0: must be at least 1"),
     (["--eval-episodes=-1"], "--eval-episodes -1: must be at least 0"),
+    (["--seed", 2**32], f"--seed {2**32}: must be less than 2**32"),
 ]
 if not torch.cuda.is_available():
     WRONG_FLAGS.append((["--device", "cuda"], "there is no GPU"))

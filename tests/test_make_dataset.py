@@ -291,11 +291,11 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def test_check_names_what_is_wrong(tmp_path, capsys):
     box = gym.spaces.Box(-1, 1, (2,))
-    x = np.random.default_rng(0).uniform(-1, 1, (8, 6, 2))
+    x = np.random.default_rng(0).uniform(-1, 1, (9, 6, 2))
     episodes = [[s.copy(), s[1:].copy(), s[1:, 0].copy(), np.arange(5) == 4] for s in x]
     write_minari(tmp_path / "fine", episodes, box, box)
     main(make_dataset.Check(env=str(tmp_path / "fine")))
-    assert capsys.readouterr().out == "fine-v0: nothing found in 40 transitions\n"
+    assert capsys.readouterr().out == "fine-v0: nothing found in 45 transitions\n"
     episodes[1][0][2] = np.nan
     episodes[2][2][0] = 1e300
     episodes[3][1] = episodes[3][1][1:]
@@ -303,6 +303,7 @@ def test_check_names_what_is_wrong(tmp_path, capsys):
     episodes[5][1][0] = (0.0, -3.5)
     episodes[6][0][1] = 7
     episodes[7][3][4] = False
+    episodes[8] = [episodes[8][0][:1], *(x[:0] for x in episodes[8][1:])]
     bad = write_minari(tmp_path / "bad", episodes, box, box)
     with pytest.raises(SystemExit, match="error: scripts refuse bad-v0"):
         main(make_dataset.Check(env=str(bad)))
@@ -312,6 +313,7 @@ def test_check_names_what_is_wrong(tmp_path, capsys):
         episode 4: a terminal inside; scripts leave out what follows it
         episode 6: observations lie outside of their space
         episode 7: the end is not marked, as a termination or truncation
+        episode 8: it has no transitions
         3 transitions follow a terminal within their episode
         1 of 25 actions lie outside of their space, by 2.5 at most"""
     assert re.sub("bad-v0: ", " " * 8, capsys.readouterr().out).strip() == found
