@@ -243,7 +243,8 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
-    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
+        if name == "seed":
+            require(value < 2**32, f"{flag} {value}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
@@ -590,7 +591,7 @@ def make_benchmark(dataset, args):
 
 def score_dataset(episodes, benchmark):
     """Returns the mean score of the dataset's episodes, which agents should be compared with."""
-    returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in episodes])
+    returns = np.array([episode.rewards.sum() for episode in episodes])
     scores = benchmark.score(returns)
     print(f"the dataset's episodes score {scores.mean():.1f}, the best of them {scores.max():.1f}")
     return scores.mean()

@@ -114,7 +114,8 @@ def check_flags(args):
         if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(value >= least, f"{flag} {value}: must be at least {least}")
-    require(args.seed < 2**32, f"--seed {args.seed}: must be less than 2**32")
+        if name == "seed":
+            require(value < 2**32, f"{flag} {value}: must be less than 2**32")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is no GPU")
 
 
