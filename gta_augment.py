@@ -833,9 +833,9 @@ def main(args):
         return
     try_to_write(args.out)
     if args.track:
-        import wandb
-
         with or_exit("--track"):
+            import wandb
+
             wandb.init(name=Path(args.out).stem, config=metadata)
 
     # windows of the dataset (eq. 6), of which sources are drawn (B.2, eq. 13)

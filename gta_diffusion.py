@@ -798,9 +798,9 @@ def main(args):
         restore(model, checkpoint)
         print(f"{args.out} is at step {step} of {args.train_steps}")
     if args.track and ranks.rank == 0:
-        import wandb
-
         with or_exit("--track"):
+            import wandb
+
             wandb.init(name=Path(args.out).stem, config={**asdict(args), **inputs})
     more = {**sizes, "normalizer": normalizer._asdict()}
     loss = train(args, ranks, model, data, step, partial(save, args, inputs, model, **more))

@@ -817,9 +817,9 @@ def run(args, inputs, agents, optimizers, train, benchmark, updates=1, may_be_lo
     if step > 0:
         write_evals(out, evals)  # a kill may have come between the two files
     if args.track:
-        import wandb
-
         with or_exit("--track"):
+            import wandb
+
             wandb.init(name=out.name, config=config)
     with new_file(out / "config.json") as file:
         file.write_text(json.dumps(config, indent=2))

@@ -885,9 +885,9 @@ def measure_buffers(args):
     claim_report(args.out, settings)
     claim_figure(args.plot, settings)
     if args.track:
-        import wandb
-
         with or_exit("--track"):
+            import wandb
+
             wandb.init(config={**asdict(args), **settings})
 
     env, oracle = find_oracle(datasets[0], episodes, std)

@@ -623,9 +623,9 @@ def main(args):
         learner.optimizer.load_state_dict(checkpoint["optimizer"])
         print(f"{args.checkpoint} is at step {step} of {args.train_steps}")
     if args.track:
-        import wandb
-
         with or_exit("--track"):
+            import wandb
+
             wandb.init(name=Path(args.out).stem, config=metadata)
     normalizer = {"mean": mean, "std": std}
     save = partial(save_model, args, inputs, learner, normalizer=normalizer)

@@ -324,4 +324,6 @@ def test_track_without_a_login(data, monkeypatch):
     flags = ["--env", "x", *QUICK, "--train-steps", 2, "--track"]
     before = sorted(data.parent.glob("runs/*"))
     assert "wandb login" in train("td3bc", data.parent, *flags, ok=False).stderr
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    assert "--track" in train("td3bc", data.parent, *flags, ok=False).stderr
     assert sorted(data.parent.glob("runs/*")) == before  # nothing is left of it
