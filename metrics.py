@@ -1088,9 +1088,10 @@ def draw_curves(curves, script, environment, dataset_score, axes):
     line at the score of the dataset's episodes."""
     if dataset_score is not None:
         axes.axhline(dataset_score, color="black", linewidth=1, label="the dataset's episodes")
-    for number, ((other, augmentation), cells) in enumerate(curves.items()):
+    cells_of = {augmentation: cells for (of, augmentation), cells in curves.items() if of == script}
+    for number, (augmentation, cells) in enumerate(cells_of.items()):
         seeds = list(cells[environment].values())
-        if other != script or not seeds:
+        if not seeds:
             continue
         updates = sorted(set.intersection(*map(set, seeds)))
         scores = np.array([[curve[update] for update in updates] for curve in seeds])

@@ -451,6 +451,7 @@ def test_learning_curves_are_means_and_deviations_over_seeds(tmp_path):
     panel, *_ = M.draw_figure(M.list_curves(scored, M.collect_curves(scored))).axes
     assert panel.lines[0].get_ydata() == [33.2, 33.2]
     assert len({line.get_linestyle() for line in panels[1].lines}) == 2
+    assert len({panel.lines[0].get_color() for panel in panels}) == 1  # of none, in all scripts
     for line, band, first, last in zip(
         *(panels[1].lines, panels[1].collections),
         *(([500, 501, 502], [580, 581]), ([60, 62, 70], [71, 73])),  # none, gta
