@@ -261,6 +261,8 @@ def test_a_file_is_never_replaced_by_something_else(tmp_path, capsys, monkeypatc
         ({"env": str(ROOT / "data/halfcheetah-medium-sample")}, "made with env_id Hopper-v5"),
         ({"out": new, "lr": 1e30}, "step 2: loss (nan|inf); .* a lower --lr"),
         ({"out": new, "horizon": 12}, "--horizon 12: must be 1, 7, 15"),
+        ({"out": new, "condition_dropout": 1.5}, "--condition-dropout: must be at most 1"),
+        ({"out": new, "return_scale": 0.0}, "--return-scale: must be greater than 0"),
         ({"out": new, "lr": math.nan}, "--lr is not a number"),
         ({"out": new, "env": ""}, "--env is empty"),
         ({"out": str(tmp_path)}, "no diffusion.pt that can be read"),

@@ -30,6 +30,11 @@ def flags_of(command):
     return dict(re.findall(r" --([a-z0-9-]+) ([^- ]\S*)", command))
 
 
+def test_a_folder_with_a_space_is_one_word():
+    *_, flag, out = shlex.split(printed("table14", "--folder", "my runs")[-1])
+    assert flag == "--out" and out.startswith("my runs/dt-")
+
+
 # --- settings ---
 
 BINS = {  # Table 9
